@@ -3,13 +3,14 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use tokio::net::TcpStream;
 
 use crate::{Client, ModelServer, Namespace, model_server::Options};
@@ -39,6 +40,13 @@ impl Between {
             runtime.block_on(ModelServer::start(options))
         })?;
         Ok(Self { server: server?, front, interfaces: [near, far], clients: Arc::new(clients), _endpoints: endpoints })
+    }
+
+    /// Takes the link to the model server away.
+    pub fn cut_off_the_server(&self) -> Result<()> {
+        let done = Command::new("ip").args(["link", "delete", &self.interfaces[1]]).status()?;
+        ensure!(done.success(), "ip link delete {}: {done}", self.interfaces[1]);
+        Ok(())
     }
 
     /// A connection from the clients' namespace.

@@ -94,6 +94,21 @@ impl Stream {
         let read = self.client.read_body(Pace::Fast, |bytes| Ok(self.checker.feed(bytes)?)).await.unwrap();
         assert_eq!((read.end, self.checker.offset()), (BodyEnd::Complete, plan().size));
     }
+
+    async fn expect_reset(mut self) {
+        let read = self.client.read_body(Pace::Fast, |bytes| Ok(self.checker.feed(bytes)?)).await.unwrap();
+        assert_eq!(read.end, BodyEnd::Reset);
+    }
+}
+
+/// Waits until `agent` has counted so many adopted flows that ended for a reason.
+async fn ended(agent: &AgentProcess, reason: &str, count: usize) {
+    let deadline = std::time::Instant::now() + SOON;
+    let labels = [&*format!("reason=\"{reason}\"")];
+    while agent.metric("penstock_adopted_flows_ended_total", &labels).await.unwrap() != count as f64 {
+        assert!(std::time::Instant::now() < deadline, "{:#?}", agent.process.output());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Longer than what the buffers on the way hold, with a pause after its beginning in which the flow begins.
@@ -126,12 +141,7 @@ async fn killed_agent_leaves_its_streams_to_the_next() {
     for stream in streams {
         stream.finish().await;
     }
-    let ended = async || second.metric("penstock_adopted_flows_ended_total", &["reason=\"ok\""]).await.unwrap();
-    let deadline = std::time::Instant::now() + SOON;
-    while ended().await as usize != STREAMS {
-        assert!(std::time::Instant::now() < deadline, "{:#?}", second.process.output());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    ended(&second, "ok", STREAMS).await;
     let lines = second.process.output().into_iter().filter(|line| line.contains("\"adopted\":true"));
     let lines: Vec<serde_json::Value> = lines.map(|line| serde_json::from_str(&line).unwrap()).collect();
     assert_eq!(lines.len(), STREAMS);
@@ -157,7 +167,7 @@ async fn killed_agent_leaves_its_streams_to_the_next() {
 async fn adopted_flow_is_ended_by_the_admin_port() {
     let stage = Stage::new("at_stop = \"finish\"\n");
     let mut first = stage.agent().await;
-    let (kept, mut cut) = (stage.begin().await, stage.begin().await);
+    let (kept, cut) = (stage.begin().await, stage.begin().await);
     first.process.kill().unwrap();
     let second = stage.agent().await;
     let mut admin = Client::connect(second.admin).await.unwrap();
@@ -166,20 +176,24 @@ async fn adopted_flow_is_ended_by_the_admin_port() {
     let path = format!("/flows/{}", cut.client.local_addr().unwrap());
     let mut admin = Client::connect(second.admin).await.unwrap();
     assert_eq!(admin.request(&Request::new("DELETE", &path)).await.unwrap().text(), "{\"ended\":1}\n");
-    let ended = async |reason: &str, count: f64| {
-        let deadline = std::time::Instant::now() + SOON;
-        let labels = [&*format!("reason=\"{reason}\"")];
-        while second.metric("penstock_adopted_flows_ended_total", &labels).await.unwrap() != count {
-            assert!(std::time::Instant::now() < deadline, "{:#?}", second.process.output());
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    ended("deleted", 1.0).await;
-    let read = cut.client.read_body(Pace::Fast, |bytes| Ok(cut.checker.feed(bytes)?)).await.unwrap();
-    assert_eq!(read.end, BodyEnd::Reset);
+    ended(&second, "deleted", 1).await;
+    cut.expect_reset().await;
     eventually(SOON, || stage.between.server.aborted() == 1).await;
     kept.finish().await;
-    ended("ok", 1.0).await;
+    ended(&second, "ok", 1).await;
+}
+
+#[tokio::test]
+async fn adopted_flow_without_a_route_is_reset() {
+    let stage = Stage::new("at_stop = \"finish\"\n");
+    let mut first = stage.agent().await;
+    let stream = stage.begin().await;
+    first.process.kill().unwrap();
+    let second = stage.agent().await;
+    assert_eq!(second.metric("penstock_adopted_flows", &[]).await.unwrap(), 1.0);
+    stage.between.cut_off_the_server().unwrap();
+    ended(&second, "unrouted", 1).await;
+    stream.expect_reset().await;
 }
 
 #[tokio::test]

@@ -322,6 +322,15 @@ async fn idle_stream_is_reset_on_both_sides() {
     assert!(stage.carried("wire") > 0);
 }
 
+#[tokio::test]
+async fn stream_without_a_route_is_reset() {
+    let stage = Stage::new(|_| {});
+    let (client, checker) = running(&stage).await;
+    stage.between.cut_off_the_server().unwrap();
+    expect_reset(client, checker).await;
+    eventually(SOON, || stage.requests("unrouted") == 1).await;
+}
+
 /// A stream that has begun and does not end by itself, of which the client has read something that the kernel carried.
 async fn running(stage: &Stage) -> (Client, Checker) {
     let plan = plan(Framing::Chunked, 20 * KIB, 1 << 40);

@@ -324,8 +324,7 @@ fn segment_that_begins_in_the_window_counts() {
 #[test]
 fn only_packets_in_flight_are_quoted() {
     let mut scene = Scene::begun(NUMBERS);
-    let ends = |host: u32| Ends { peer: [0, 0, 0, host], own: [0, 0, 0, host + 1], ports: host };
-    scene.flow.legs[ENDPOINT].facts.ends = ends(7);
+    scene.flow.legs[ENDPOINT].facts.ends = Ends { peer: [0, 0, 0, 7], own: [0, 0, 0, 8], ports: 7 };
     scene.endpoint_sends(scene.data(10, 2000));
     scene.client_sends(scene.ack(0, 500));
     // The client has the first 500 of 2010 bytes.

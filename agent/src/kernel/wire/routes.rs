@@ -19,7 +19,7 @@ use nix::{
 use penstock_common::wire::flow::Ends;
 
 use super::{
-    netlink::{self, HEADER, Request, attribute},
+    netlink::{self, HEADER, NetlinkRequest, attribute},
     registry::{ActiveFlow, FlowStop, Registry},
 };
 
@@ -179,8 +179,10 @@ fn interface_to(ends: &Ends) -> io::Result<Option<u32>> {
     let mut body = [0; ROUTE];
     (body[0], body[1], body[2]) = (family as u8, bits, bits);
     let mut found = None;
-    let answered =
-        Request::new(RTM_GETROUTE, 0, &body).attribute(RTA_DST, peer).attribute(RTA_SRC, own).exchange(|answer| {
+    let answered = NetlinkRequest::new(RTM_GETROUTE, 0, &body)
+        .attribute(RTA_DST, peer)
+        .attribute(RTA_SRC, own)
+        .exchange(|answer| {
             let interface = answer.get(HEADER + ROUTE..).and_then(|rest| attribute(rest, RTA_OIF));
             found = interface.and_then(|interface| interface.try_into().ok()).map(u32::from_ne_bytes);
         });
