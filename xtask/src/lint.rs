@@ -4,7 +4,8 @@
 
 mod aarch64;
 mod dependencies;
-mod links;
+pub(crate) mod links;
+mod pages;
 mod types;
 mod words;
 
@@ -13,6 +14,7 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    book,
     command::{cargo, command, output, root, run},
     ebpf,
     progress::Steps,
@@ -59,6 +61,7 @@ pub(crate) fn main() -> Result<()> {
         steps.step("dependencies", dependencies::check),
         steps.step("kernel program without warnings", || ebpf::build(ebpf::Warnings::Deny)),
         steps.step("documentation", documentation),
+        steps.step("book", book::main),
         steps.step("clippy", || run(cargo().args(["clippy", "--all-targets", "--", "-D", "warnings"]))),
         steps.step("agent on aarch64, without features", aarch64::check),
     ];
@@ -99,6 +102,7 @@ fn rules() -> Result<()> {
             links::check(root(), file, &text, &mut findings);
         }
     }
+    pages::check(root(), &files.lines().collect::<Vec<_>>(), &mut findings);
     report(&findings)
 }
 

