@@ -75,11 +75,7 @@ fn copy_sources(book: &Path) -> Result<()> {
         let targets = text.lines().flat_map(links).map(|(_, target)| target);
         let elsewhere = targets.filter(|target| !target.contains("://") && !target.starts_with('#'));
         linked.extend(elsewhere.map(|target| resolved(page, target)));
-        // mdBook makes index.html of README.md, and no link to it.
-        write(
-            &format!("src/{page}"),
-            text.replace("README.md)", "index.html)").replace("README.md#", "index.html#").as_bytes(),
-        )?;
+        write(&format!("src/{page}"), for_mdbook(&text).as_bytes())?;
     }
     let mut text = summary.clone();
     for (_, target) in summary.lines().flat_map(links) {
@@ -104,6 +100,19 @@ fn copy_sources(book: &Path) -> Result<()> {
         write(&format!("src/{file}"), &fs::read(root().join(file)).with_context(|| format!("reading {file}"))?)?;
     }
     Ok(())
+}
+
+/// The page with links to README.md as mdBook needs them: it makes index.html of that file, and does not change the links.
+fn for_mdbook(page: &str) -> String {
+    let mut text = page.to_owned();
+    for (_, target) in page.lines().flat_map(links) {
+        let path = target.split('#').next().unwrap_or_default();
+        if !path.contains("://") && Path::new(path).ends_with("README.md") {
+            text =
+                text.replace(&format!("]({target})"), &format!("]({})", target.replacen("README.md", "index.html", 1)));
+        }
+    }
+    text
 }
 
 /// A page with links to these files of the folder.
@@ -163,6 +172,13 @@ mod tests {
         assert_eq!(resolved("docs/a.md", "../tests/x.rs#L1"), "tests/x.rs");
         assert_eq!(resolved("docs/decisions/0001.md", "../a.md#b"), "docs/a.md");
         assert_eq!(resolved("README.md", "docs/decisions/"), "docs/decisions");
+    }
+
+    #[test]
+    fn links_to_readmes_lead_to_what_mdbook_makes_of_them() {
+        let page = "README.md: [a](README.md) [b](../x/README.md#c) [d](https://e.example/README.md)";
+        let expected = "README.md: [a](index.html) [b](../x/index.html#c) [d](https://e.example/README.md)";
+        assert_eq!(for_mdbook(page), expected);
     }
 
     #[test]
