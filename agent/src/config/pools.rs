@@ -177,17 +177,37 @@ impl Pool {
         }
         self.picker.check(&section.at("picker"), self.inference_pool.is_some());
         self.subset.check(&section.at("subset"), node);
+        self.check_subset(&section.at("subset"));
         self.ejection.check(&section.at("ejection"));
     }
 
     fn check_endpoints(&self, section: &Section<'_>) {
         let named_by_epp = matches!(self.picker, Picker::Epp(_)) && !self.passthrough.is_off();
-        if !self.has_endpoints() && !named_by_epp {
+        let has_wrong = section.has("endpoints") && !section.is_empty_array("endpoints");
+        if !self.has_endpoints() && !named_by_epp && !has_wrong {
             section.reject(
                 "endpoints",
                 "none",
                 r#"at least one, endpoints_dns, endpoints_file, or picker.kind = "epp" with passthrough = true"#,
             );
+        }
+    }
+
+    /// If all endpoints are known: rejects others.
+    fn check_subset(&self, subset: &Section<'_>) {
+        let is_listed = self.endpoints_dns.is_none() && self.endpoints_file.is_none() && self.inference_pool.is_none();
+        let has_no_use = self.endpoints.is_empty() || !self.subset.prefer.is_empty();
+        if !is_listed || !self.passthrough.is_off() || has_no_use {
+            return;
+        }
+        for (index, address) in self.subset.endpoints.iter().enumerate() {
+            if !self.endpoints.iter().any(|endpoint| endpoint.address == *address) {
+                subset.reject(
+                    &format!("endpoints[{index}]"),
+                    format_args!("\"{address}\""),
+                    "one of the pool's endpoints",
+                );
+            }
         }
     }
 

@@ -49,6 +49,9 @@ impl Record {
     /// Writes the record of a request that failed before it was routed to a pool.
     pub(super) fn finish_unrouted(self, worker: &Worker, error: &Error) {
         let took = self.started.elapsed();
+        if matches!(error, Error::ClientGone) {
+            worker.shared.metrics.client_aborted();
+        }
         worker.shared.metrics.unrouted().request(error.status().as_u16(), error.reason(), took);
         if let Some(span) = self.span {
             span.end(&EndedRequest {
@@ -73,7 +76,7 @@ impl Record {
 
 /// The model that the request names.
 fn model<'p>(parts: &'p request::Parts, config: &Config) -> Option<&'p str> {
-    parts.headers.get(&config.bbr.header).and_then(|model| model.to_str().ok())
+    parts.headers.get(&config.bbr.header).and_then(|model| std::str::from_utf8(model.as_bytes()).ok())
 }
 
 /// The error's text, cut, because it may quote input from a client, an endpoint or an EPP.

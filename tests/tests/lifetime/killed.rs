@@ -129,7 +129,8 @@ async fn leaves_nothing(steering: &str, names: &[&str]) {
 async fn sigterm_drains_agent() {
     for steering in ["ingress", "local", "auto", "off"] {
         let server = server().await;
-        let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
+        let patient = "[timeouts]\ndrain = \"5m\"\n";
+        let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, patient).await.unwrap();
         let mut idle = Client::connect(agent.addr).await.unwrap();
         let mut running = Vec::new();
         for framing in FRAMINGS {

@@ -2,11 +2,13 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use penstock_agent::config::SteeringMode;
 use penstock_tests::{
-    BodyEnd, Client, Deaf, Plan, Request, Stage,
+    BodyEnd, Client, Deaf, ModelServer, Plan, Request, Stage,
+    agent::{TestAgent, builtin_pool},
     client::{ConnectionEnd, Pace},
     eventually,
-    model_server::HeadWrites,
+    model_server::{HeadWrites, Options},
     scripted_epp::{Answering, Fault, Faulty, Harm, Moment, Production, StreamEnd, reply},
     stage::{echo, epp, json},
 };
@@ -82,6 +84,20 @@ async fn client_disconnect_with_stalled_picker_cancels_stream() {
         eventually(AT_ONCE, || stage.agent.metric("penstock_active_requests", &[]) == 0.0).await;
         assert_eq!(stage.requests(), (0, 0));
     }
+}
+
+/// Before the model is known, and with it the pool.
+#[tokio::test]
+async fn client_disconnect_before_the_model_is_counted() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let wire = echo(json("m", 1 << 20)).wire("agent");
+    client.send_raw(&wire[..500]).await.unwrap();
+    eventually(SOON, || agent.count("penstock_request_body_memory_bytes", &[]) > 0).await;
+    client.reset().unwrap();
+    eventually(SOON, || agent.count("penstock_client_aborts_total", &[]) == 1).await;
+    assert_eq!(server.requests(), 0);
 }
 
 /// D6, E18: while the agent connects to an endpoint.

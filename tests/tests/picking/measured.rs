@@ -70,7 +70,7 @@ async fn streams(mode: SteeringMode) {
     let server = ModelServer::start(Options::default()).await.unwrap();
     let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| config.limits.metric_models = 2);
     let mut took = Vec::new();
-    for model in ["one", "two", "one", "nobody-knows", "nobody-knows-either"] {
+    for model in ["one", "deux-é", "one", "nobody-knows", "nobody-knows-either"] {
         let body = format!(
             r#"{{"model":"{model}","stream":true,"max_tokens":{TOKENS},"x-test-interval-us":{},"prompt":"a"}}"#,
             INTERVAL.as_micros()
@@ -95,7 +95,8 @@ async fn streams(mode: SteeringMode) {
         (count as u64, sum)
     };
     let interval = INTERVAL.as_secs_f64();
-    for (model, count, took) in [("one", 2, took[0] + took[2]), ("two", 1, took[1]), ("other", 2, took[3] + took[4])] {
+    for (model, count, took) in [("one", 2, took[0] + took[2]), ("deux-é", 1, took[1]), ("other", 2, took[3] + took[4])]
+    {
         let (first, between, rate) = (
             of("time_to_first_token_seconds", model),
             of("time_per_output_token_seconds", model),

@@ -227,7 +227,9 @@ const EXCLUSIVE: &[Row] = &[
         c.routes[0].path == Some(PathPattern::Prefix("/v1".into()))
     }),
     ("[[routes]]", r#"pools = [{ name = "a", weight = 3 }]"#, |c| c.routes[0].pools == [WeightedPool::new("a", 3)]),
-    ("[pools.subset]", r#"endpoints = ["10.0.0.1:1"]"#, |c| c.pools[0].subset.endpoints == [address("10.0.0.1:1")]),
+    ("[pools.subset]", r#"endpoints = ["127.0.0.1:8000"]"#, |c| {
+        c.pools[0].subset.endpoints == [address("127.0.0.1:8000")]
+    }),
     ("[pools.picker]", "kind = \"epp\"\naddress = \"e:1\"\ntls = \"ca\"\nca_file = \"/ca.pem\"", |c| {
         epp(c).tls == EppTls::Ca("/ca.pem".into())
     }),

@@ -29,6 +29,10 @@ fn wrong_pools_are_rejected() {
             r#"p.toml:3:1: pools[0].endpoints: found "127.0.0.1:8000", expected an array of ip:port"#,
         ),
         (
+            "[[pools]]\nname = \"a\"\nendpoints = [\"localhost:8000\"]",
+            r#"p.toml:3:14: pools[0].endpoints[0]: found "localhost:8000", expected ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#,
+        ),
+        (
             "[[pools]]\nname = \"a\"\nendpoints = [\n  \"127.0.0.1:8000\",\n  \"127.0.0.1:0\",\n]",
             r#"p.toml:5:3: pools[0].endpoints[1]: found "127.0.0.1:0", expected ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#,
         ),
@@ -147,6 +151,10 @@ fn wrong_subsets_and_checks_are_rejected() {
         (
             "[pools.subset]\nprefer = [\"zone\"]\nendpoints = [\"10.0.0.1:1\"]\n[node]\nzone = \"a\"",
             "p.toml:6:1: pools[0].subset.endpoints: found a second way to choose the subset, expected prefer or endpoints",
+        ),
+        (
+            "[pools.subset]\nendpoints = [\"127.0.0.1:8000\", \"10.0.0.1:1\"]",
+            r#"p.toml:5:32: pools[0].subset.endpoints[1]: found "10.0.0.1:1", expected one of the pool's endpoints"#,
         ),
         (
             "[pools.subset]\nempty = \"none\"",
