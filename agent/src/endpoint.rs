@@ -20,4 +20,5 @@ pub mod sending;
 pub mod set;
 mod subset;
 pub mod timeouts;
+pub mod tls;
 mod wire;

@@ -57,6 +57,8 @@ pub enum Error {
     NoEndpoint(#[from] NoEndpoint),
     #[error("none of the picked endpoints can be reached; the last was {address}: {error}")]
     Connect { address: SocketAddr, error: io::Error },
+    #[error("the TLS handshake with none of the picked endpoints succeeded; the last was {address}: {error}")]
+    EndpointTls { address: SocketAddr, error: io::Error },
     #[error("the agent cannot open connections to endpoints; the last was {address}: {error}")]
     LocalFault { address: SocketAddr, error: io::Error },
     #[error("the endpoint {address} accepted no byte of the request for {limit:?}")]
@@ -98,9 +100,11 @@ impl Error {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
-            Self::Stranger(_) | Self::Connect { .. } | Self::EndpointClosed(_) | Self::Response { .. } => {
-                StatusCode::BAD_GATEWAY
-            }
+            Self::Stranger(_)
+            | Self::Connect { .. }
+            | Self::EndpointTls { .. }
+            | Self::EndpointClosed(_)
+            | Self::Response { .. } => StatusCode::BAD_GATEWAY,
             Self::FirstByte(_) | Self::RequestStalled { .. } | Self::RequestTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Loop | Self::OwnListener(_) => StatusCode::LOOP_DETECTED,
             Self::Evicted(reply) => reply.status,
@@ -132,6 +136,7 @@ impl Error {
             Self::NoEndpoint(NoEndpoint::Saturated) => "endpoints_saturated",
             Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => "connect_timeout",
             Self::Connect { .. } => "connect",
+            Self::EndpointTls { .. } => "endpoint_tls",
             Self::LocalFault { .. } => "local_fault",
             Self::RequestStalled { .. } => "request_stalled",
             Self::EndpointClosed(_) => "endpoint_closed",

@@ -26,6 +26,7 @@ mod telemetry;
 mod bbr;
 mod abridge;
 mod route;
+mod server_tls;
 mod picker;
 mod kernel;
 mod tee;

@@ -184,8 +184,8 @@ fn start_background(
 ) -> Result<BackgroundTasks> {
     let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
     shared.metrics.count_endpoints(counts);
-    let Shared { config, endpoints, metrics, own, .. } = shared;
-    let discovery = Discovery::start(config, endpoints, metrics, own, readiness, watch)?;
+    let Shared { config, endpoints, endpoint_tls, metrics, own, .. } = shared;
+    let discovery = Discovery::start(config, endpoints, endpoint_tls, metrics, own, readiness, watch)?;
 
     let dns = DnsResolver::new(&shared.config.dns);
     let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
@@ -193,6 +193,8 @@ fn start_background(
     let counted = |pool| means(Some((Arc::clone(&shared.metrics), pool)));
     let mut tasks: Vec<control::Task> = epps.map(|(pool, replicas)| tend(replicas, counted(pool)).boxed()).collect();
     tasks.extend(retired.iter().map(|replicas| tend_while_used(Arc::clone(replicas), means(None)).boxed()));
+    let tls = shared.endpoint_tls.iter().flatten().cloned();
+    tasks.extend(tls.map(|tls| async move { tls.follow_files().await }.boxed()));
     tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
     let control = Control::start(tasks, watch).context("cannot start the control thread")?;
     Ok(BackgroundTasks { _discovery: discovery, _control: control })

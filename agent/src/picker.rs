@@ -30,6 +30,5 @@ pub mod replica;
 pub mod returned;
 pub mod silence;
 pub mod tend;
-pub mod tls;
 pub mod trial;
 pub mod waiting_room;

@@ -12,7 +12,7 @@ use crate::{
     bbr::ModelHeaders,
     budget::Bodies,
     config::{self, Config, Picker},
-    endpoint::{budget::RetryBudget, set::EndpointSet},
+    endpoint::{budget::RetryBudget, set::EndpointSet, tls::EndpointTls},
     http::fields::FieldPolicy,
     listeners::Listeners,
     metrics::{Metrics, PoolMetrics},
@@ -30,6 +30,8 @@ pub struct Shared {
     pub telemetry: Option<Telemetry>,
     /// One per pool.
     pub endpoints: Vec<Arc<EndpointSet>>,
+    /// One per pool; None if its endpoints do not speak TLS.
+    pub endpoint_tls: Vec<Option<Arc<EndpointTls>>>,
     /// One per pool.
     pub retries: Vec<RetryBudget>,
     /// One per pool; picks for `builtin` pools and for fail-open.
@@ -60,7 +62,8 @@ impl Shared {
         let endpoints = config.pools.iter().map(|pool| EndpointSet::new(pool, &config.node)).collect();
         let replicas = config.pools.iter().enumerate().map(|(at, pool)| replicas(pool, None, metrics.pool(at)));
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
-        Ok(Self::with(config, endpoints, replicas, metrics, telemetry))
+        let tls = config.pools.iter().map(|pool| endpoint_tls(pool, None)).collect::<anyhow::Result<_>>()?;
+        Ok(Self::with(config, endpoints, replicas, tls, metrics, telemetry))
     }
 
     /// Sets the bound addresses.
@@ -83,6 +86,11 @@ impl Shared {
             replicas(pool, before, metrics.pool(at))
         });
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
+        let tls = config.pools.iter().map(|pool| {
+            let before = self.pool_named(&pool.name).and_then(|before| self.endpoint_tls[before].as_ref());
+            endpoint_tls(pool, before)
+        });
+        let tls = tls.collect::<anyhow::Result<_>>()?;
         let bodies = Arc::clone(&self.bodies);
         bodies.set_limits(&config.limits);
         let mut after = Self {
@@ -93,7 +101,7 @@ impl Shared {
             mark: self.mark.clone(),
             probe: self.probe.clone(),
             bodies,
-            ..Self::with(config, endpoints, replicas, metrics, self.telemetry.clone())
+            ..Self::with(config, endpoints, replicas, tls, metrics, self.telemetry.clone())
         };
         for (at, pool) in after.config.pools.iter().enumerate() {
             if let Some(before) = self.pool_named(&pool.name) {
@@ -120,6 +128,7 @@ impl Shared {
         config: Config,
         endpoints: Vec<EndpointSet>,
         replicas: Vec<Option<Arc<Replicas>>>,
+        endpoint_tls: Vec<Option<Arc<EndpointTls>>>,
         metrics: Arc<Metrics>,
         telemetry: Option<Telemetry>,
     ) -> Self {
@@ -134,6 +143,7 @@ impl Shared {
             model_headers: ModelHeaders::new(&config.bbr),
             bodies: Bodies::new(&config.limits, &metrics),
             endpoints,
+            endpoint_tls,
             replicas,
             metrics,
             telemetry,
@@ -205,6 +215,14 @@ fn replicas(
     })))
 }
 
+/// TLS to the pool's endpoints, which may be that of `before`.
+fn endpoint_tls(pool: &config::Pool, before: Option<&Arc<EndpointTls>>) -> anyhow::Result<Option<Arc<EndpointTls>>> {
+    match before.filter(|before| before.is_of(pool)) {
+        Some(same) => Ok(Some(Arc::clone(same))),
+        None => Ok(EndpointTls::new(pool)?.map(Arc::new)),
+    }
+}
+
 /// The names of the pools, in configuration order.
 pub fn names(config: &Config) -> Vec<String> {
     config.pools.iter().map(|pool| pool.name.clone()).collect()
@@ -244,7 +262,7 @@ mod tests {
             (|epp, _| epp.limits.fields += 1, true, 1),
             (|epp, time| epp.health_interval = Some(time), false, 1),
             (|epp, time| epp.connect_timeout = time, false, 1),
-            (|epp, _| epp.tls = config::EppTls::Insecure, false, 1),
+            (|epp, _| epp.tls = config::ServerTls::Insecure, false, 1),
             (|epp, _| epp.addresses = vec!["other.example:9002".to_owned()], false, 0),
             (|epp, _| epp.addresses = vec!["epp.example:9003".to_owned()], false, 0),
         ];

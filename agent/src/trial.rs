@@ -4,6 +4,7 @@ mod certificate;
 mod files;
 
 use std::{
+    io,
     net::SocketAddr,
     time::{Duration, SystemTime},
 };
@@ -18,6 +19,7 @@ pub use crate::tried::Trial;
 use crate::{
     config::{AppProtocol, Config, EndpointsFormat, Picker, Pool, parse_endpoints},
     dns::DnsResolver,
+    endpoint::tls::{EndpointTls, is_handshake_error},
     inference_pools, kubernetes,
     picker::{
         handshake::{self, Mismatch},
@@ -97,6 +99,11 @@ async fn try_endpoint(pool: &Pool, address: SocketAddr, limit: Duration) -> Tria
     let connect = async {
         match pool.app_protocol {
             AppProtocol::Http1 => TcpStream::connect(address).await.map(drop),
+            AppProtocol::Https => {
+                let tls = EndpointTls::new(pool).map_err(io::Error::other)?;
+                let tls = tls.ok_or(io::ErrorKind::InvalidInput)?;
+                tls.connect(TcpStream::connect(address).await?, address).await.map(drop)
+            }
             AppProtocol::H2c => handshake::connect(address, None, drop).await.map(drop),
         }
     };
@@ -105,8 +112,9 @@ async fn try_endpoint(pool: &Pool, address: SocketAddr, limit: Duration) -> Tria
         Ok(Err(error)) => {
             let advice = match Mismatch::of(&error) {
                 Some(Mismatch::Http1) => "set `app_protocol = \"http1\"` in the pool",
-                Some(Mismatch::Tls) => "the agent does not speak TLS to endpoints; use the endpoint's port without TLS",
+                Some(Mismatch::Tls) => "set `app_protocol = \"https\"` in the pool, if its endpoints speak HTTP/1.1",
                 Some(_) => "correct `app_protocol` in the pool",
+                None if is_handshake_error(&error) => "correct the pool's `tls` section, or `app_protocol`",
                 None => "start the model server, or remove the endpoint from the pool",
             };
             let found = match Mismatch::of(&error) {

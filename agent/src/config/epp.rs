@@ -1,21 +1,19 @@
 //! `[pools.picker]` with `kind = "epp"`: an EPP, its replicas, and TLS to them.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use http::HeaderName;
 use rustls::pki_types::ServerName;
-use serde_json::json;
 
 use super::{
     FailureMode,
     document::Section,
-    files,
     metadata::EppMetadata,
-    settings::{Elsewhere, Group, choice, keys, section, settings},
-    value::{self, OneOrMore, Value, boolean, duration, duration_or_off, integer},
+    server_tls::{self, ClientCertificate, ClientCertificateKeys, EppTlsKeys, ServerTls, UNUSED},
+    settings::{Elsewhere, choice, keys, section, settings},
+    value::{self, boolean, duration, duration_or_off, integer},
 };
 
-const UNUSED: &str = "a setting without effect";
 const NEEDS_TLS: &str = r#"a tls other than "off""#;
 
 settings! {
@@ -29,7 +27,7 @@ settings! {
         /// Whether the replicas are those of a Kubernetes Service instead of the addresses in DNS.
         pub is_service: bool = false => Elsewhere(|_| None),
         /// How the agent connects to the EPP.
-        pub tls: EppTls = EppTls::Off => keys::<EppTlsKeys>(),
+        pub tls: ServerTls = ServerTls::Off => keys::<EppTlsKeys>(),
         /// With TLS only: server name to send (SNI), instead of the host of `address`. With `tls = "ca"`, the certificate must be
         /// for this name.
         pub server_name: Option<String> = None => value::non_empty().optional("epp.example.com"),
@@ -146,130 +144,6 @@ settings! {
     }
 }
 
-/// How the agent connects to the EPP.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum EppTls {
-    /// HTTP/2 without TLS.
-    Off,
-    /// TLS without verification of the certificate: an EPP's default certificate is self-signed and names no host.
-    Insecure,
-    /// TLS, verified against this PEM file of CA certificates, which is reloaded when it changes.
-    Ca(PathBuf),
-    /// TLS with a certificate that has one of these public keys; nothing else in it is verified. At least one.
-    Pinned(Vec<KeyPin>),
-}
-
-settings! {
-    /// The keys of [`EppTls`].
-    struct EppTlsKeys {
-        /// How the agent connects to the EPP.
-        tls: EppTlsMode = EppTlsMode::Off => value::choice(),
-        /// With `tls = "ca"` only: PEM file of CA certificates. It is reloaded when it changes. A relative path is resolved against
-        /// the folder of this file.
-        ca_file: Option<PathBuf> = None => value::file().example("ca.pem"),
-        /// With `tls = "pinned"` only: SHA-256 of each accepted public key, in hexadecimal:
-        /// `openssl x509 -in epp.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256`
-        pins: Vec<KeyPin> = Vec::new()
-            => pins().example(json!(["0000000000000000000000000000000000000000000000000000000000000000"])),
-    }
-}
-
-choice! {
-    /// The values of `tls`.
-    enum EppTlsMode {
-        /// HTTP/2 without TLS.
-        Off = "off",
-        /// TLS without verification of the certificate: an EPP's default certificate is self-signed and names no host.
-        Insecure = "insecure",
-        /// TLS, verified against `ca_file`.
-        Ca = "ca",
-        /// TLS with a certificate that has one of the public keys in `pins`; nothing else in it is verified.
-        Pinned = "pinned",
-    }
-}
-
-/// SHA-256 of a public key (the SubjectPublicKeyInfo, DER), 64 hexadecimal digits:
-/// `openssl x509 -in epp.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KeyPin(pub [u8; 32]);
-
-impl fmt::Display for KeyPin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-fn pins() -> OneOrMore<KeyPin> {
-    let parse = |text: &str| {
-        let mut pin = [0; 32];
-        for (byte, digits) in pin.iter_mut().zip(Some(text).filter(|text| text.len() == 64)?.as_bytes().chunks(2)) {
-            let digit = |at: usize| char::from(digits[at]).to_digit(16).map(|digit| digit as u8);
-            *byte = digit(0)? << 4 | digit(1)?;
-        }
-        Some(KeyPin(pin))
-    };
-    let value = Value::text("the SHA-256 of a public key, 64 hexadecimal digits", parse, ToString::to_string);
-    value.schema(json!({ "type": "string", "pattern": "^[0-9A-Fa-f]{64}$" })).one_or_more()
-}
-
-impl Group for EppTlsKeys {
-    type Value = EppTls;
-
-    fn resolve(self, section: &Section<'_>) -> EppTls {
-        let needed = [("ca_file", r#"tls = "ca""#, EppTlsMode::Ca), ("pins", r#"tls = "pinned""#, EppTlsMode::Pinned)];
-        for (key, needs, mode) in needed {
-            if section.has(key) && self.tls != mode {
-                section.reject(key, UNUSED, needs);
-            }
-        }
-        match self.tls {
-            EppTlsMode::Off => EppTls::Off,
-            EppTlsMode::Insecure => EppTls::Insecure,
-            EppTlsMode::Ca => {
-                if self.ca_file.is_none() {
-                    section.reject("ca_file", "nothing", "the file with the CA's certificate");
-                }
-                EppTls::Ca(self.ca_file.unwrap_or_default())
-            }
-            EppTlsMode::Pinned => {
-                if !section.has("pins") {
-                    section.reject("pins", "nothing", "the SHA-256 of at least one public key");
-                }
-                EppTls::Pinned(self.pins)
-            }
-        }
-    }
-}
-
-/// Two PEM files, which are reloaded when they change.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ClientCertificate {
-    /// The certificate, followed by the intermediate certificates up to the EPP's CA.
-    pub certificate: PathBuf,
-    /// The private key of `certificate`.
-    pub key: PathBuf,
-}
-
-settings! {
-    /// The keys of [`ClientCertificate`].
-    struct ClientCertificateKeys {
-        /// With TLS only: PEM file of the certificate that the agent presents to the EPP, followed by its intermediate
-        /// certificates. It is reloaded when it changes. A relative path is resolved against the folder of this file.
-        client_cert_file: Option<PathBuf> = None => value::file().example("client.pem"),
-        /// PEM file of the private key of `client_cert_file`. It is reloaded when it changes. A relative path is resolved against
-        /// the folder of this file.
-        client_key_file: Option<PathBuf> = None => value::file().example("client.key"),
-    }
-}
-
-impl Group for ClientCertificateKeys {
-    type Value = Option<ClientCertificate>;
-
-    fn resolve(self, _: &Section<'_>) -> Option<ClientCertificate> {
-        Some(ClientCertificate { certificate: self.client_cert_file?, key: self.client_key_file? })
-    }
-}
-
 /// `unreachable_wait` of a pool that fails closed.
 const UNREACHABLE_WAIT: Duration = Duration::from_secs(2);
 
@@ -325,19 +199,20 @@ impl Epp {
     }
 
     fn check_tls(&self, section: &Section<'_>) {
-        let is_off = self.tls == EppTls::Off;
+        let is_off = self.tls == ServerTls::Off;
         if section.has("server_name") && is_off {
             section.reject("server_name", UNUSED, NEEDS_TLS);
         }
         if let Some(name) = self.server_name.as_deref().filter(|name| ServerName::try_from(*name).is_err()) {
             section.reject("server_name", format_args!("{name:?}"), "a DNS name or an IP address");
         }
-        for (one, other) in [("client_cert_file", "client_key_file"), ("client_key_file", "client_cert_file")] {
-            if section.has(one) && is_off {
-                section.reject(one, UNUSED, NEEDS_TLS);
-            } else if section.has(one) && !section.has(other) {
-                section.reject(one, format_args!("no {other}"), "both or neither");
+        for key in ["client_cert_file", "client_key_file"] {
+            if section.has(key) && is_off {
+                section.reject(key, UNUSED, NEEDS_TLS);
             }
+        }
+        if !is_off {
+            server_tls::check_client_certificate(section);
         }
         if section.has("health_tls") && !section.has("health_port") {
             section.reject("health_tls", UNUSED, "health_port in the same section");
@@ -349,11 +224,6 @@ impl Epp {
 
     /// Reads the files that the section names.
     pub(super) fn check_files(&self, section: &Section<'_>) {
-        if let EppTls::Ca(file) = &self.tls {
-            files::check_roots(section, "ca_file", file);
-        }
-        if let Some(ClientCertificate { certificate, key }) = &self.client_certificate {
-            files::check_key_pair(section, ("client_cert_file", certificate), ("client_key_file", key));
-        }
+        server_tls::check_files(section, &self.tls, self.client_certificate.as_ref());
     }
 }

@@ -17,6 +17,7 @@ use super::{
     passthrough::{Passthrough, passthrough},
     picker::{self, Picker},
     retry::Retry,
+    server_tls::{self, PoolTls, UNUSED},
     settings::{Elsewhere, choice, optional_section, section, settings},
     subset::Subset,
     timeouts::TimeoutOverrides,
@@ -43,13 +44,15 @@ settings! {
         pub ports: Vec<u16> = Vec::new() => endpoints::ports().example(json!([8000])),
         /// The InferencePool that this pool is, if the section is present. Its Pods are the endpoints, and its `endpointPickerRef`
         /// names the EPP, to which the settings of `picker` apply; without it, the built-in picker chooses. Excludes `endpoints`,
-        /// `endpoints_dns`, `endpoints_file`, `ports`, `app_protocol`, `failure_mode` and `picker.address`, which the InferencePool
-        /// determines. See docs/kubernetes.md.
+        /// `endpoints_dns`, `endpoints_file`, `ports`, `app_protocol`, `tls`, `failure_mode` and `picker.address`, which the
+        /// InferencePool determines. See docs/kubernetes.md.
         pub inference_pool: Option<InferencePoolRef> = None => optional_section(),
         /// Why requests of an InferencePool cannot be served. Not a setting: what Kubernetes says.
         pub unusable: Option<UnusablePool> = None => Elsewhere(|_| None),
         /// Protocol of the endpoints, as `appProtocol` of InferencePool v1.
         pub app_protocol: AppProtocol = AppProtocol::Http1 => value::choice(),
+        /// TLS to the endpoints. Required with `app_protocol = "https"`, and for nothing else.
+        pub tls: Option<PoolTls> = None => optional_section(),
         /// How long a pick is used. `connection` and `lease` apply only to HTTP/1.1 clients and endpoints, and only if the EPP
         /// changes nothing in the request except its destination and its trace context.
         pub pick_per: PickPer = PickPer::Request => value::choice(),
@@ -108,6 +111,8 @@ choice! {
         Http1 = "http1",
         /// HTTP/2 without TLS. Bodies are relayed.
         H2c = "h2c",
+        /// HTTP/1.1 over TLS, as `[pools.tls]` says. Bodies are relayed.
+        Https = "https",
     }
 }
 
@@ -174,6 +179,16 @@ impl Pool {
         } else {
             self.check_endpoints(section);
             self.check_failure_mode(section);
+        }
+        match &self.tls {
+            Some(_) if self.app_protocol != AppProtocol::Https => {
+                section.reject("tls", UNUSED, r#"app_protocol = "https""#);
+            }
+            Some(tls) => tls.check(&section.at("tls")),
+            None if self.app_protocol == AppProtocol::Https => {
+                section.reject("app_protocol", r#""https" without TLS settings"#, "a section [pools.tls]");
+            }
+            None => {}
         }
         self.picker.check(&section.at("picker"), self.inference_pool.is_some());
         self.subset.check(&section.at("subset"), node);
@@ -248,7 +263,7 @@ fn check_discovered(section: &Section<'_>) {
         let found = "a setting of the feature `kubernetes`, which this build lacks";
         section.reject("inference_pool", found, "a build with that feature");
     }
-    for key in ["endpoints", "endpoints_dns", "endpoints_file", "ports", "app_protocol", "failure_mode"] {
+    for key in ["endpoints", "endpoints_dns", "endpoints_file", "ports", "app_protocol", "tls", "failure_mode"] {
         if section.has(key) {
             section.reject(key, "a setting that the InferencePool determines", "inference_pool alone");
         }
@@ -272,6 +287,9 @@ pub(super) fn check_files(pools: &[Pool], root: &Section<'_>) {
     for (pool, section) in pools.iter().zip(root.each("pools")) {
         if let Picker::Epp(epp) = &pool.picker {
             epp.check_files(&section.at("picker"));
+        }
+        if let Some(tls) = &pool.tls {
+            server_tls::check_files(&section.at("tls"), &tls.verify, tls.client_certificate.as_ref());
         }
     }
 }

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::{End, written};
 use crate::{
     client::{ClientIo, ClientSocket, ledger::Ledger, patience::Patience, reach::ReachWatch},
-    endpoint::connection::EndpointConnection,
+    endpoint::{connection::EndpointConnection, tls::EndpointWriter},
     kernel::socket::{self, monotonic_ns},
     steer::{
         eligibility::Upstream,
@@ -72,7 +72,8 @@ impl Tunnel<'_> {
         }
         self.down.account.relayed += self.pending.len() as u64;
         self.down.account.first_ns = first;
-        let end = if self.client.is_tls() { self.relay(cut).await } else { self.plain(over, cut).await };
+        let is_tls = self.client.is_tls() || self.endpoint.is_tls();
+        let end = if is_tls { self.relay(over, cut).await } else { self.plain(over, cut).await };
         self.down.account.last_ns = monotonic_ns();
         end.unwrap_or(End::Broken)
     }
@@ -103,7 +104,7 @@ impl Tunnel<'_> {
         let Ok(ledger) = Ledger::begin(client) else { return Ok(End::ClientGone) };
         let to = Peer { stream: client, ledger, stop: &stop };
         let mut down = Direction { from, to, session: &mut self.down, pending: BytesMut::new(), moved: &moved };
-        let from = Reader { stream: client, source, consumed: &mut 0 };
+        let from = Reader { stream: client, source, tls: None, consumed: &mut 0 };
         let to = Peer { stream: endpoint, ledger: Ledger::begin(endpoint)?, stop: &stop };
         let mut up_way = Direction { from, to, session: &mut up, pending: early, moved: &moved };
         let both = async {
@@ -143,30 +144,40 @@ impl Tunnel<'_> {
         Ok(end)
     }
 
-    /// Relays both directions for a client that speaks TLS.
-    async fn relay(&mut self, cut: impl Future<Output = ()>) -> io::Result<End> {
+    /// Relays both directions if a side speaks TLS.
+    async fn relay(&mut self, over: impl Future<Output = ()>, cut: impl Future<Output = ()>) -> io::Result<End> {
         let (up, down, moved) = (Cell::new(0), Cell::new(0), Cell::new(monotonic_ns()));
         let watch = ReachWatch::new(self.client.unreachable());
         let (wire, early) = self.client.raw();
         let wire = RefCell::new(wire);
         let (mut read, mut write) = (Half(&wire), Half(&wire));
+        let writer = self.endpoint.writer()?;
         let (from, to) = self.endpoint.split()?;
         let note = |count: &Cell<u64>, n: usize| {
             moved.set(monotonic_ns());
             count.set(count.get() + n as u64);
         };
         let both = async {
-            let up = client_to_endpoint(&mut read, early, to, |n| note(&up, n));
+            let up = client_to_endpoint(&mut read, early, &writer, |n| note(&up, n));
             let down = endpoint_to_client(from, &mut write, |n| note(&down, n));
             tokio::try_join!(up, down)
         };
         let last = || moved.get();
         let taken = || acknowledged(wire.borrow().tcp()) + acknowledged(to);
+        let quiet = async {
+            over.await;
+            unmoved(&last, &taken, Some(QUIET)).await;
+            let queued = |stream: &TcpStream| socket::send_queue(stream).unwrap_or_default();
+            while queued(wire.borrow().tcp()) > 0 || queued(to) > 0 {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
         let end = tokio::select! {
             biased;
             ended = both => ended.map_or_else(|end| end, |_| End::Complete { reusable: false }),
             () = unmoved(&last, &taken, self.idle) => End::Idle,
             () = poll_fn(|cx| watch.poll_gone(wire.borrow().tcp(), cx)) => End::ClientGone,
+            () = quiet => End::Over,
             () = cut => End::Over,
         };
         self.down.account.relayed += down.get();
@@ -289,18 +300,18 @@ impl Outlet for Peer<'_> {
 async fn client_to_endpoint(
     client: &mut (impl AsyncRead + Unpin),
     mut early: BytesMut,
-    endpoint: &TcpStream,
+    endpoint: &EndpointWriter,
     note: impl Fn(usize),
 ) -> Result<(), End> {
     loop {
         if !early.is_empty() {
             note(early.len());
-            socket::write_all(endpoint, &early).await.map_err(|_| End::Broken)?;
+            endpoint.write_all(&early).await.map_err(|_| End::Broken)?;
             early.clear();
         }
         early.reserve(READ);
         if client.read_buf(&mut early).await.map_err(|_| End::ClientGone)? == 0 {
-            return socket::shut_down(endpoint).map_err(|_| End::Broken);
+            return endpoint.shut_down().await.map_err(|_| End::Broken);
         }
     }
 }

@@ -15,6 +15,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use thiserror::Error;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     time::{Instant, sleep_until, timeout},
 };
@@ -22,6 +23,7 @@ use tokio::{
 use super::{
     local_fault::local_fault,
     set::{EndpointSet, Snapshot},
+    tls::EndpointTls,
 };
 use crate::{
     config::{AppProtocol, HealthCheck},
@@ -35,6 +37,7 @@ pub(super) struct Checks {
     pub(super) rules: HealthCheck,
     /// The endpoints' protocol.
     pub(super) protocol: AppProtocol,
+    pub(super) tls: Option<Arc<EndpointTls>>,
     pub(super) set: Arc<EndpointSet>,
     pub(super) metrics: Arc<Metrics>,
 }
@@ -45,6 +48,8 @@ enum CheckError {
     Timeout(Duration),
     #[error("connecting failed: {0}")]
     Connect(io::Error),
+    #[error("the TLS handshake failed: {0}")]
+    Tls(io::Error),
     #[error("no valid response: {0}")]
     Http(#[from] hyper::Error),
     #[error("status {0}")]
@@ -56,6 +61,7 @@ impl CheckError {
         match self {
             Self::Timeout(_) => "timeout",
             Self::Connect(_) => "connect",
+            Self::Tls(_) => "tls",
             Self::Http(_) => "http",
             Self::Status(_) => "status",
         }
@@ -96,7 +102,7 @@ impl Checks {
     /// Checks one endpoint of the snapshot and records the result. Returns its address.
     async fn check(&self, snapshot: Arc<Snapshot>, address: SocketAddr) -> SocketAddr {
         let limit = self.rules.timeout;
-        let result = timeout(limit, send_check(address, &self.rules.path, self.protocol))
+        let result = timeout(limit, send_check(address, &self.rules.path, self.protocol, self.tls.as_deref()))
             .await
             .unwrap_or(Err(CheckError::Timeout(limit)));
         if let Err(CheckError::Connect(error)) = &result
@@ -124,12 +130,30 @@ impl Checks {
 }
 
 /// Sends a GET and expects a 2xx status. The connection is closed after the head.
-async fn send_check(address: SocketAddr, path: &PathAndQuery, protocol: AppProtocol) -> Result<(), CheckError> {
-    let io = TokioIo::new(TcpStream::connect(address).await.map_err(CheckError::Connect)?);
+async fn send_check(
+    address: SocketAddr,
+    path: &PathAndQuery,
+    protocol: AppProtocol,
+    tls: Option<&EndpointTls>,
+) -> Result<(), CheckError> {
+    let tcp = TcpStream::connect(address).await.map_err(CheckError::Connect)?;
+    match tls {
+        None => ask(tcp, address, path, protocol).await,
+        Some(tls) => ask(tls.connect(tcp, address).await.map_err(CheckError::Tls)?, address, path, protocol).await,
+    }
+}
+
+async fn ask(
+    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    address: SocketAddr,
+    path: &PathAndQuery,
+    protocol: AppProtocol,
+) -> Result<(), CheckError> {
+    let io = TokioIo::new(io);
     let mut request = Request::new(Empty::<Bytes>::new());
     request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static("penstock-health-check"));
     let status = match protocol {
-        AppProtocol::Http1 => {
+        AppProtocol::Http1 | AppProtocol::Https => {
             let (mut sender, connection) = http1::handshake(io).await?;
             *request.uri_mut() = path.clone().into();
             let headers = request.headers_mut();

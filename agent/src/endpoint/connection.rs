@@ -12,9 +12,15 @@ use tokio::{
     time::Instant,
 };
 
-use super::{crossing, sending::Sending, timeouts::ConnectionTimeouts};
+use super::{
+    crossing,
+    sending::Sending,
+    timeouts::ConnectionTimeouts,
+    tls::{EndpointTls, EndpointWriter},
+};
 use crate::{
     kernel::{socket, wire::Watched},
+    server_tls::session::TlsSession,
     steer::{RegisterError, Source, WorkerSteering, reader::Reader, reason::SteerReason, session::Inlet},
 };
 
@@ -23,6 +29,10 @@ pub struct EndpointConnection {
     // Declared before `source`, so that the socket is closed before the slot is freed.
     io: Io,
     source: Option<Source>,
+    /// Set if the endpoint speaks TLS.
+    tls: Option<Rc<TlsSession>>,
+    /// The [`EndpointTls::id`] of the handshake; 0 without TLS.
+    pub(super) tls_id: u64,
     /// The flow of the current response on path `wire`, or the reason why the response takes another path.
     watched: Option<Result<Watched, SteerReason>>,
     /// The address that was dialled.
@@ -50,7 +60,32 @@ fn gone() -> io::Error {
 }
 
 impl EndpointConnection {
-    /// Connects. Registers the socket with the kernel programs before it connects, and so before anything can arrive on it.
+    /// Connects with TLS. The timeout is that of connecting and the handshake together. The kernel programs do not see the socket.
+    pub async fn connect_tls(
+        address: SocketAddr,
+        times: ConnectionTimeouts,
+        tls: &EndpointTls,
+        receive_buffer: u32,
+    ) -> io::Result<Self> {
+        let id = tls.id();
+        let made = async {
+            let untimed = ConnectionTimeouts { connect: None, ..times };
+            let mut connection = Self::connect(address, untimed, None, receive_buffer).await?;
+            let Io::Ready(stream) = std::mem::replace(&mut connection.io, Io::Gone) else { return Err(gone()) };
+            let stream = Rc::into_inner(stream).ok_or_else(gone)?;
+            let (stream, session) = tls.connect(stream, address).await?.into_inner();
+            (connection.io, connection.tls_id) = (Io::Ready(Rc::new(stream)), id);
+            connection.tls = Some(Rc::new(TlsSession::new(session)));
+            Ok(connection)
+        };
+        match times.connect {
+            Some(timeout) => tokio::time::timeout(timeout, made).await?,
+            None => made.await,
+        }
+    }
+
+    /// Connects without TLS. Registers the socket with the kernel programs before it connects, and so before anything can arrive
+    /// on it.
     pub async fn connect(
         address: SocketAddr,
         times: ConnectionTimeouts,
@@ -80,7 +115,18 @@ impl EndpointConnection {
         }
         let (io, consumed, idle_since) = (Io::Ready(Rc::new(stream)), 0, Instant::now());
         let (resting, sending, watched) = (false, None, None);
-        Ok(Self { io, source, watched, address, local, consumed, idle_since, resting, sending })
+        let (tls, tls_id) = (None, 0);
+        Ok(Self { io, source, tls, tls_id, watched, address, local, consumed, idle_since, resting, sending })
+    }
+
+    /// Whether the endpoint speaks TLS.
+    pub fn is_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    /// The sending side, for a request. It has to be released before the connection becomes quiet or is dropped.
+    pub fn writer(&self) -> io::Result<EndpointWriter> {
+        Ok(EndpointWriter { tcp: self.stream()?, tls: self.tls.clone() })
     }
 
     /// The connection as a source of steered bytes; `None` if it cannot be steered.
@@ -117,7 +163,7 @@ impl EndpointConnection {
         }
     }
 
-    /// The stream, for sending a request. It has to be released before the connection becomes quiet or is dropped.
+    /// The socket, below TLS if there is any. It has to be released before the connection becomes quiet or is dropped.
     pub fn stream(&self) -> io::Result<Rc<TcpStream>> {
         match &self.io {
             Io::Ready(stream) => Ok(Rc::clone(stream)),
@@ -150,6 +196,15 @@ impl EndpointConnection {
         }
     }
 
+    /// Before a request: the value of [`acknowledged`](Self::acknowledged) beyond which a byte of the request has arrived.
+    pub fn acknowledged_before(&self) -> Option<u64> {
+        match &self.io {
+            // The end of the handshake may still be on its way.
+            Io::Ready(stream) if self.is_tls() => socket::bytes_written(&**stream).ok(),
+            _ => self.acknowledged(),
+        }
+    }
+
     /// After the connection has ended: whether the endpoint's kernel has acknowledged more than `before` bytes. Returns `None` if
     /// that is unknown.
     pub async fn acknowledged_more(&self, before: Option<u64>) -> Option<bool> {
@@ -174,7 +229,8 @@ impl EndpointConnection {
     /// Splits the connection to read and write at once.
     pub fn split(&mut self) -> io::Result<(Reader<'_>, &TcpStream)> {
         let Io::Ready(stream) = &self.io else { return Err(gone()) };
-        Ok((Reader { stream, source: self.source.as_ref(), consumed: &mut self.consumed }, stream))
+        let (source, tls) = (self.source.as_ref(), self.tls.as_deref());
+        Ok((Reader { stream, source, tls, consumed: &mut self.consumed }, stream))
     }
 
     /// Waits for bytes and reads at most the buffer's spare capacity. Returns 0 at the end of the stream. Cancel-safe.
@@ -194,7 +250,14 @@ impl EndpointConnection {
 
     /// Whether an idle connection is usable: it has received neither its end nor unsolicited bytes.
     pub(super) fn is_alive(&self) -> bool {
-        matches!(self.has_more(), Ok(false))
+        match (&self.tls, &self.io) {
+            // Tickets and key updates are none of the stream's bytes.
+            (Some(tls), Io::Ready(stream)) => {
+                let nothing = tls.read_now(stream, &mut BytesMut::with_capacity(1));
+                nothing.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+            }
+            _ => matches!(self.has_more(), Ok(false)),
+        }
     }
 }
 
@@ -265,6 +328,9 @@ impl Drop for EndpointConnection {
             && let Ok(stream) = self.ready()
         {
             socket::set_reset_on_close(stream, false);
+            if let Some(tls) = &self.tls {
+                tls.say_goodbye(stream);
+            }
         }
     }
 }

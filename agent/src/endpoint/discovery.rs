@@ -14,6 +14,7 @@ use super::{
     feed::Feed,
     file, names,
     set::{EndpointSet, EndpointSource},
+    tls::EndpointTls,
 };
 use crate::{
     config::{Config, Pool},
@@ -46,31 +47,35 @@ struct DiscoveryJob {
     pool: Pool,
     index: usize,
     set: Arc<EndpointSet>,
+    tls: Option<Arc<EndpointTls>>,
     /// `None` if readiness does not wait for this pool.
     gate: Option<Gate>,
 }
 
 impl Discovery {
-    /// Starts the discovery. `sets` are those of the pools, in the order of the configuration. `own` are the agent's listeners.
+    /// Starts the discovery. `sets` are those of the pools, in the order of the configuration, as `tls`. `own` are the agent's
+    /// listeners.
     /// Without `readiness` there are no gates. Starts no thread if no pool needs one. Fails if the runtime or the thread cannot be
     /// created.
     pub fn start(
         config: &Config,
         sets: &[Arc<EndpointSet>],
+        tls: &[Option<Arc<EndpointTls>>],
         metrics: &Arc<Metrics>,
         own: &Listeners,
         readiness: Option<&Readiness>,
         watch: &PanicWatch,
     ) -> io::Result<Self> {
-        let job = |(index, (pool, set)): (usize, (&Pool, &Arc<EndpointSet>))| {
+        let job = |index: usize| {
+            let (pool, set, tls) = (&config.pools[index], &sets[index], &tls[index]);
             let followed = pool.endpoints_dns.is_some() || pool.endpoints_file.is_some();
             let gate = readiness
                 .filter(|_| followed)
                 .map(|readiness| readiness.gate(format!("endpoints of pool {}", pool.name)));
             let needed = followed || pool.health.is_some();
-            needed.then(|| DiscoveryJob { pool: pool.clone(), index, set: Arc::clone(set), gate })
+            needed.then(|| DiscoveryJob { pool: pool.clone(), index, set: Arc::clone(set), tls: tls.clone(), gate })
         };
-        let jobs: Vec<DiscoveryJob> = config.pools.iter().zip(sets).enumerate().filter_map(job).collect();
+        let jobs: Vec<DiscoveryJob> = (0..config.pools.len()).filter_map(job).collect();
         if jobs.is_empty() {
             return Ok(Self(None));
         }
@@ -115,7 +120,7 @@ impl Drop for Discovery {
 fn tasks(jobs: Vec<DiscoveryJob>, config: &Config, metrics: &Arc<Metrics>, own: &Listeners) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let dns = DnsResolver::new(&config.dns);
-    for DiscoveryJob { pool, index, set, gate } in jobs {
+    for DiscoveryJob { pool, index, set, tls, gate } in jobs {
         let first_answers = FuturesUnordered::new();
         let feed = |source| {
             let (unanswered, first_answer) = oneshot::channel();
@@ -143,6 +148,7 @@ fn tasks(jobs: Vec<DiscoveryJob>, config: &Config, metrics: &Arc<Metrics>, own: 
                 index,
                 rules,
                 protocol: pool.app_protocol,
+                tls,
                 set: Arc::clone(&set),
                 metrics: Arc::clone(metrics),
             };
@@ -254,7 +260,7 @@ mod tests {
         set.replace(EndpointSource::File, vec![address().into()]);
         set.configure(&first, &missing, std::time::Instant::now());
         let config = Config::new(vec![missing.clone()]);
-        let job = DiscoveryJob { pool: missing, index: 0, set: Arc::clone(&set), gate: None };
+        let job = DiscoveryJob { pool: missing, index: 0, set: Arc::clone(&set), tls: None, gate: None };
         let _tasks = tasks(vec![job], &config, &metrics, &Listeners::default());
         let count = || set.snapshot().endpoints().len();
         tokio::time::sleep(PATIENCE - Duration::from_millis(500)).await;

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{connection::EndpointConnection, timeouts::ConnectionTimeouts};
+use super::{connection::EndpointConnection, timeouts::ConnectionTimeouts, tls::EndpointTls};
 use crate::steer::{WorkerSteering, session::Inlet as _};
 
 /// Most idle connections per endpoint.
@@ -21,7 +21,8 @@ const MAX_IDLE: usize = 256;
 
 /// A worker's HTTP/1.1 connections to endpoints.
 pub struct Http1Pool {
-    idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
+    /// By address and [`EndpointTls::id`].
+    idle: RefCell<HashMap<(SocketAddr, u64), Vec<EndpointConnection>>>,
     steering: Option<Rc<WorkerSteering>>,
     times: Cell<ConnectionTimeouts>,
     receive_buffer: u32,
@@ -43,23 +44,27 @@ impl Http1Pool {
         self.steering.as_ref()
     }
 
-    /// Takes an idle connection that the endpoint has not closed.
-    pub fn reuse(&self, address: SocketAddr) -> Option<EndpointConnection> {
+    /// Takes an idle connection that the endpoint has not closed, made with the same TLS settings, or without TLS.
+    pub fn reuse(&self, address: SocketAddr, tls: Option<&EndpointTls>) -> Option<EndpointConnection> {
         let mut idle = self.idle.borrow_mut();
-        let connections = idle.get_mut(&address)?;
+        let key = (address, tls.map_or(0, EndpointTls::id));
+        let connections = idle.get_mut(&key)?;
         while let Some(mut connection) = connections.pop() {
             if connection.idle_since.elapsed() < self.times.get().keep_alive && connection.is_alive() {
                 connection.set_resting(false);
                 return Some(connection);
             }
         }
-        idle.remove(&address);
+        idle.remove(&key);
         None
     }
 
-    /// Makes a new connection. The error kinds are those of `connect(2)` and `TimedOut`.
-    pub async fn connect(&self, address: SocketAddr) -> io::Result<EndpointConnection> {
+    /// Makes a new connection. The error kinds are those of `connect(2)` and `TimedOut`; a TLS handshake has others.
+    pub async fn connect(&self, address: SocketAddr, tls: Option<&EndpointTls>) -> io::Result<EndpointConnection> {
         let (times, steering) = (self.times.get(), self.steering.as_ref());
+        if let Some(tls) = tls {
+            return EndpointConnection::connect_tls(address, times, tls, self.receive_buffer).await;
+        }
         EndpointConnection::connect(address, times, steering, self.receive_buffer).await
     }
 
@@ -71,7 +76,7 @@ impl Http1Pool {
         debug_assert!(connection.is_sent());
         connection.idle_since = Instant::now();
         let mut idle = self.idle.borrow_mut();
-        let connections = idle.entry(connection.address).or_default();
+        let connections = idle.entry((connection.address, connection.tls_id)).or_default();
         if connections.len() == MAX_IDLE {
             connections.remove(0);
         }
@@ -80,7 +85,7 @@ impl Http1Pool {
 
     /// Closes connections that were idle for too long or whose endpoint is no longer `wanted`. Called about once a second.
     pub fn sweep(&self, wanted: impl Fn(SocketAddr) -> bool) {
-        self.idle.borrow_mut().retain(|&address, connections| {
+        self.idle.borrow_mut().retain(|&(address, _), connections| {
             let wanted = wanted(address);
             connections.retain(|connection| wanted && connection.idle_since.elapsed() < self.times.get().keep_alive);
             !connections.is_empty()

@@ -30,8 +30,9 @@ use tonic::{
 
 use super::*;
 use crate::{
-    config::{self, EppTls},
-    picker::{message, tls},
+    config::{self, ServerTls},
+    picker::message,
+    server_tls,
 };
 
 mod bounded;

@@ -191,6 +191,7 @@ fn every_error() -> Vec<Error> {
         connect(io::ErrorKind::ConnectionRefused),
         connect(io::ErrorKind::TimedOut),
         Error::EndpointClosed(address),
+        Error::EndpointTls { address, error: io::ErrorKind::InvalidData.into() },
         Error::LocalFault { address, error: io::ErrorKind::AddrNotAvailable.into() },
         Error::RequestStalled { address, limit: second },
         Error::FirstByte(address),

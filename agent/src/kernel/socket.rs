@@ -115,6 +115,11 @@ pub fn receive_queue(socket: impl AsFd) -> io::Result<u32> {
     Ok(waiting.max(0) as u32)
 }
 
+/// Reads available bytes. `Ok(0)` is the end of the stream, `WouldBlock` means that nothing is available.
+pub fn receive(socket: impl AsFd, buf: &mut [u8]) -> io::Result<usize> {
+    Ok(socket::recv(socket.as_fd().as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT)?)
+}
+
 /// Reads available bytes into the buffer's spare capacity, which must not be empty. `Ok(0)` is the end of the stream,
 /// `WouldBlock` means that nothing is available. The call takes the socket lock, so it waits for a running verdict
 /// (`tcp_bpf_recvmsg_parser`).

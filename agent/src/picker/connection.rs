@@ -280,7 +280,7 @@ pub(super) async fn connect(
     tls: bool,
     counts: Option<&EppConnections>,
 ) -> io::Result<Http2> {
-    let tls = replicas.tls.as_ref().filter(|_| tls).map(|tls| (tls.connector(), replica.name.clone()));
+    let tls = replicas.tls.as_ref().filter(|_| tls).map(|tls| (tls.current().tls, replica.name.clone()));
     let timeout = io::Error::new(ErrorKind::TimedOut, "connect timeout");
     let (went_away, retired) = (Arc::new(AtomicBool::new(false)), CancellationToken::new());
     let (flag, end) = (Arc::clone(&went_away), retired.clone());

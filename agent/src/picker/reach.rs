@@ -10,8 +10,8 @@ use super::{
     connection,
     handshake::{self, Mismatch},
     replica::{Replica, Replicas},
-    tls,
 };
+use crate::server_tls;
 
 /// The pause before the first attempt. It doubles with each failure.
 const FIRST: Duration = Duration::from_millis(20);
@@ -94,7 +94,7 @@ pub(super) async fn cause(replicas: &Replicas, replica: &Replica, why: &io::Erro
     if replicas.tls.is_some() || !is_unexplained(why) {
         return None;
     }
-    let asked = handshake::answers_tls(replica.address, tls::unverified()?, replica.name.clone());
+    let asked = handshake::answers_tls(replica.address, server_tls::unverified()?, replica.name.clone());
     timeout(replicas.settings.connect_timeout, asked).await.unwrap_or(false).then_some(Mismatch::Tls)
 }
 

@@ -21,8 +21,12 @@ use rustls::pki_types::ServerName;
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
-use super::{error::PickError, tls::Tls, waiting_room::WaitingRoom};
-use crate::{config, metrics::EppConnections};
+use super::{error::PickError, waiting_room::WaitingRoom};
+use crate::{
+    config,
+    metrics::EppConnections,
+    server_tls::{self, Connectors},
+};
 
 /// How long a replica that failed a request ranks below other serving ones.
 const PENALTY: Duration = Duration::from_secs(5);
@@ -256,7 +260,7 @@ pub struct Replicas {
     pub settings: config::Epp,
     /// Its own copy, because requests outlive the replicas.
     pub metadata: Arc<config::EppMetadata>,
-    pub tls: Option<Tls>,
+    pub tls: Option<Connectors>,
     entries: Vec<ReplicaEntry>,
     /// The addresses of each entry.
     found: Mutex<Vec<Vec<SocketAddr>>>,
@@ -286,7 +290,7 @@ impl Replicas {
         let replicas = Self {
             settings: settings.clone(),
             metadata: Arc::new(settings.metadata.clone()),
-            tls: Tls::new(settings)?,
+            tls: Connectors::new(&settings.tls, settings.client_certificate.as_ref(), server_tls::H2)?,
             entries,
             found: Mutex::new(found),
             current: watch::Sender::default(),

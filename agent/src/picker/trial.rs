@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     budget::Budget,
-    config::{Epp, EppTls, Pool},
+    config::{Epp, Pool, ServerTls},
     dns::DnsResolver,
     tried::Trial,
 };
@@ -150,7 +150,7 @@ fn advice(epp: &Epp, error: &io::Error) -> &'static str {
         Some(Tls::InvalidCertificate(
             Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },
         )) => "renew the EPP's certificate, or correct the clock of this machine",
-        Some(Tls::General(_)) if matches!(epp.tls, EppTls::Pinned(_)) => {
+        Some(Tls::General(_)) if matches!(epp.tls, ServerTls::Pinned(_)) => {
             "add the key to `pins` in the pool's `picker` section, if it is the EPP's"
         }
         Some(Tls::AlertReceived(Alert::CertificateRequired | Alert::UnknownCA | Alert::BadCertificate)) => {

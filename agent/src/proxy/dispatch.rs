@@ -32,6 +32,7 @@ use crate::{
         in_flight::InFlight,
         local_fault::local_fault,
         sending::{SendError, Sending},
+        tls::is_handshake_error,
     },
     error::Error,
     http::{
@@ -303,6 +304,10 @@ fn not_connected(shared: &Shared, address: SocketAddr, error: io::Error) -> Erro
             shared.metrics.local_fault(fault);
             Error::LocalFault { address, error }
         }
+        None if is_handshake_error(&error) => {
+            tracing::warn!(%address, %error, "TLS handshake with the endpoint failed");
+            Error::EndpointTls { address, error }
+        }
         None => {
             tracing::info!(%address, %error, "connecting to the endpoint failed");
             Error::Connect { address, error }
@@ -317,7 +322,7 @@ fn now() -> std::time::Instant {
 /// One attempt with one endpoint, over the pool's protocol.
 async fn turn(job: &Job<'_>, address: SocketAddr, fresh: bool) -> Result<(ResponseHead, ResponseBody), AttemptError> {
     match job.worker.shared.config.pools[job.request.pool].app_protocol {
-        AppProtocol::Http1 => http1::turn(job, address, fresh).await,
+        AppProtocol::Http1 | AppProtocol::Https => http1::turn(job, address, fresh).await,
         // A closed HTTP/2 connection is never reused, so `fresh` needs no special case.
         AppProtocol::H2c => http2::turn(job, address).await,
     }

@@ -35,6 +35,8 @@ pub struct ResponseFacts {
     pub local_endpoint: bool,
     /// The client speaks TLS.
     pub tls: bool,
+    /// The endpoint speaks TLS.
+    pub endpoint_tls: bool,
     /// The client has closed its sending side.
     pub half_closed: bool,
     /// The agent decodes chunked for the client.
@@ -56,6 +58,7 @@ pub enum ToPicker {
 pub struct BothEnds {
     pub local_endpoint: bool,
     pub tls: bool,
+    pub endpoint_tls: bool,
     pub half_closed: bool,
     /// The client's version of HTTP.
     pub client: Version,
@@ -64,7 +67,7 @@ pub struct BothEnds {
 impl ResponseFacts {
     /// The facts about the response `head`, of whose body `pending` has been read. `tee`: what keeps the body for the EPP.
     pub fn new(head: &ResponseHead, pending: &[u8], both: BothEnds, tee: Option<&Tee>) -> Self {
-        let BothEnds { local_endpoint, tls, half_closed, client } = both;
+        let BothEnds { local_endpoint, tls, endpoint_tls, half_closed, client } = both;
         let mut framing = head.framing;
         framing.feed(pending);
         Self {
@@ -72,6 +75,7 @@ impl ResponseFacts {
             event_stream: media::is_events(&head.headers),
             local_endpoint,
             tls,
+            endpoint_tls,
             half_closed,
             decoded: head.needs_dechunk(client),
             to_picker: tee.and_then(|tee| match () {
@@ -102,6 +106,7 @@ pub fn choose(config: &Steering, response: &ResponseFacts, known: KernelView) ->
         // Path `wire` has rules of its own, see `wire`.
         () if matches!(config.mode, SteeringMode::Off | SteeringMode::Wire) => return relay(SteerReason::Off),
         () if response.tls => return relay(SteerReason::Tls),
+        () if response.endpoint_tls => return relay(SteerReason::EndpointTls),
         () if response.half_closed => return relay(SteerReason::HalfClose),
         () if response.decoded => return relay(SteerReason::Http10),
         () if response.to_picker == Some(ToPicker::All) => return relay(SteerReason::ResponseToPicker),
@@ -262,6 +267,7 @@ mod tests {
             event_stream: false,
             local_endpoint: true,
             tls: false,
+            endpoint_tls: false,
             half_closed: false,
             decoded: false,
             to_picker: None,
@@ -279,6 +285,8 @@ mod tests {
             (Forced, decoded, Connection, (Relay, R::Http10)),
             (Off, tls, Connection, (Relay, R::Off)),
             (Auto, tls, Nothing, (Relay, R::Tls)),
+            (Auto, ResponseFacts { endpoint_tls: true, ..base }, Nothing, (Relay, R::EndpointTls)),
+            (Forced, ResponseFacts { endpoint_tls: true, ..tls }, Nothing, (Relay, R::Tls)),
             (Auto, ResponseFacts { half_closed: true, ..base }, OwnSocket, (Relay, R::HalfClose)),
             (Auto, ResponseFacts { to_picker: Some(ToPicker::All), ..base }, Connection, (Relay, R::ResponseToPicker)),
             (Auto, ResponseFacts { to_picker: Some(ToPicker::End), ..base }, Connection, (Ingress, R::Chunked)),

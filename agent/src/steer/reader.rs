@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use tokio::net::TcpStream;
 
 use super::{session::Inlet, source::Source};
-use crate::kernel::socket;
+use crate::{kernel::socket, server_tls::session::TlsSession};
 
 /// How often to look for passed bytes that arrive after the end of the stream.
 const LATE_TURNS: u32 = 1000;
@@ -16,6 +16,8 @@ const LATE_TURN: Duration = Duration::from_millis(1);
 pub struct Reader<'a> {
     pub stream: &'a TcpStream,
     pub source: Option<&'a Source>,
+    /// Set if the peer is an endpoint that speaks TLS.
+    pub tls: Option<&'a TlsSession>,
     /// Bytes that user space has read since the kernel programs see the connection.
     pub consumed: &'a mut u64,
 }
@@ -23,6 +25,10 @@ pub struct Reader<'a> {
 impl Reader<'_> {
     /// Waits for bytes and reads at most the buffer's spare capacity. Returns 0 at the end of the stream. Cancel-safe.
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
+        if let Some(tls) = self.tls {
+            let n = tls.read(self.stream, buf).await?;
+            return self.count_read(n);
+        }
         let n = loop {
             self.stream.readable().await?;
             match self.stream.try_read_buf(buf) {
@@ -36,7 +42,10 @@ impl Reader<'_> {
 
     /// Reads without waiting. It asks the socket itself rather than tokio's readiness, and runs after any verdict in progress.
     pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = socket::receive_into(self.stream, buf)?;
+        let n = match self.tls {
+            Some(tls) => tls.read_now(self.stream, buf)?,
+            None => socket::receive_into(self.stream, buf)?,
+        };
         self.count_read(n)
     }
 
@@ -82,7 +91,7 @@ impl Inlet for Reader<'_> {
     }
 
     fn reader(&mut self) -> io::Result<Reader<'_>> {
-        Ok(Reader { stream: self.stream, source: self.source, consumed: self.consumed })
+        Ok(Reader { stream: self.stream, source: self.source, tls: self.tls, consumed: self.consumed })
     }
 
     fn wait_for_verdict(&self) {

@@ -52,6 +52,8 @@ reasons! {
     Off = "off",
     /// The client speaks TLS.
     Tls = "tls",
+    /// The endpoint speaks TLS (`app_protocol = "https"`).
+    EndpointTls = "endpoint_tls",
     /// The client has closed its sending side and is answered all the same (`listen.half_close`).
     HalfClose = "half_close",
     /// The client speaks HTTP/1.0 and the body is chunked, so the agent decodes it.

@@ -14,6 +14,8 @@ pub struct RequestFacts {
     /// The client speaks HTTP/2 to the agent.
     pub http2: bool,
     pub tls: bool,
+    /// The pool's endpoints speak TLS.
+    pub endpoint_tls: bool,
     /// The client's version is HTTP/1.0.
     pub http10: bool,
     /// Clients that close their side are answered all the same.
@@ -37,6 +39,7 @@ pub fn may_watch(asked: &RequestFacts) -> Result<(), SteerReason> {
     match () {
         () if asked.http2 => Err(SteerReason::Http2),
         () if asked.tls => Err(SteerReason::Tls),
+        () if asked.endpoint_tls => Err(SteerReason::EndpointTls),
         () if asked.http10 => Err(SteerReason::Http10),
         () if asked.half_close => Err(SteerReason::HalfClose),
         () if !asked.per_request => Err(SteerReason::PickPer),
@@ -54,6 +57,7 @@ pub fn may_begin(response: &ResponseFacts, min_bytes: u64, pipelined: bool) -> R
     match () {
         () if framing.is_done() => Err(SteerReason::Complete),
         () if response.tls => Err(SteerReason::Tls),
+        () if response.endpoint_tls => Err(SteerReason::EndpointTls),
         () if response.half_closed => Err(SteerReason::HalfClose),
         () if response.decoded => Err(SteerReason::Http10),
         () if response.to_picker == Some(ToPicker::All) => Err(SteerReason::ResponseToPicker),
@@ -75,6 +79,7 @@ mod tests {
         let base = RequestFacts {
             http2: false,
             tls: false,
+            endpoint_tls: false,
             http10: false,
             half_close: false,
             per_request: true,
@@ -88,6 +93,7 @@ mod tests {
             (base, Ok(())),
             (RequestFacts { http2: true, ..base }, Err(R::Http2)),
             (RequestFacts { tls: true, ..base }, Err(R::Tls)),
+            (RequestFacts { endpoint_tls: true, ..base }, Err(R::EndpointTls)),
             (RequestFacts { http10: true, ..base }, Err(R::Http10)),
             (RequestFacts { half_close: true, ..base }, Err(R::HalfClose)),
             (RequestFacts { per_request: false, ..base }, Err(R::PickPer)),
@@ -110,6 +116,7 @@ mod tests {
             event_stream: true,
             local_endpoint: false,
             tls: false,
+            endpoint_tls: false,
             half_closed: false,
             decoded: false,
             to_picker: None,
@@ -121,6 +128,7 @@ mod tests {
             (ResponseFacts { framing: Framing::length(999), ..base }, Err(R::Small)),
             (ResponseFacts { framing: Framing::none(), ..base }, Err(R::Complete)),
             (ResponseFacts { tls: true, ..base }, Err(R::Tls)),
+            (ResponseFacts { endpoint_tls: true, ..base }, Err(R::EndpointTls)),
             (ResponseFacts { half_closed: true, ..base }, Err(R::HalfClose)),
             (ResponseFacts { decoded: true, ..base }, Err(R::Http10)),
             (ResponseFacts { to_picker: Some(ToPicker::End), ..base }, Ok(())),

@@ -13,7 +13,7 @@ use std::{
 use nix::unistd::{Gid, Uid};
 
 use super::Trial;
-use crate::config::{ClientCertificate, Config, EppTls, ListenTls, Picker, Process, User};
+use crate::config::{ClientCertificate, Config, ListenTls, Picker, PoolTls, Process, ServerTls, User};
 
 /// Mode bits of one class.
 const READ: u32 = 4;
@@ -83,8 +83,17 @@ fn named(config: &Config, file: &Path) -> Vec<(String, PathBuf)> {
         if let Some(file) = &pool.endpoints_file {
             add(format!("pool {name}, endpoints_file"), file);
         }
+        if let Some(PoolTls { verify, client_certificate, .. }) = &pool.tls {
+            if let ServerTls::Ca(file) = verify {
+                add(format!("pool {name}, tls.ca_file"), file);
+            }
+            if let Some(ClientCertificate { certificate, key }) = client_certificate {
+                add(format!("pool {name}, tls.client_cert_file"), certificate);
+                add(format!("pool {name}, tls.client_key_file"), key);
+            }
+        }
         let Picker::Epp(epp) = &pool.picker else { continue };
-        if let EppTls::Ca(file) = &epp.tls {
+        if let ServerTls::Ca(file) = &epp.tls {
             add(format!("pool {name}, picker.ca_file"), file);
         }
         if let Some(ClientCertificate { certificate, key }) = &epp.client_certificate {

@@ -7,6 +7,7 @@ mod far_clients;
 mod fields;
 mod grpc;
 mod half_close;
+mod https_endpoints;
 mod http2_clients;
 mod http2_endpoints;
 mod http2_limits;
@@ -30,6 +31,8 @@ macro_rules! between_every_pair {
         between_every_pair!(@pair http2_to_http1, Http2, Http1: $($exchange)+);
         between_every_pair!(@pair http1_to_http2, Http1, Http2: $($exchange)+);
         between_every_pair!(@pair http2_to_http2, Http2, Http2: $($exchange)+);
+        between_every_pair!(@pair http1_to_https, Http1, Https: $($exchange)+);
+        between_every_pair!(@pair http2_to_https, Http2, Https: $($exchange)+);
         between_every_pair!(@pair tls_to_http1, Tls1, Http1: $($exchange)+);
         between_every_pair!(@pair http2_in_tls_to_http1, Tls2, Http1: $($exchange)+);
         between_every_pair!(@pair http2_in_tls_to_http2, Tls2, Http2: $($exchange)+);

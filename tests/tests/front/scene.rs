@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result};
-use penstock_agent::config::{AppProtocol, Config, FailureMode, ListenTls, SteeringMode};
+use penstock_agent::config::{AppProtocol, Config, FailureMode, ListenTls, PoolTls, ServerTls, SteeringMode};
 use penstock_tests::{
     Client, Http2Client, Http2Options, Http2Server, ModelServer, Request, Response, ScriptedEpp,
     agent::{TestAgent, epp_pool},
@@ -11,7 +11,7 @@ use penstock_tests::{
     http2_client::Stream,
     model_server::{Echo, Framing, Options},
     scripted_epp::{Answering, LlmdRouter, Script, reply},
-    tls::{Certificate, TlsStream},
+    tls::{Certificate, TlsFront, TlsStream},
 };
 use tokio::net::TcpStream;
 
@@ -42,11 +42,14 @@ pub(crate) const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chun
 pub(crate) enum Back {
     Http1,
     Http2,
+    /// HTTP/1.1 over TLS.
+    Https,
 }
 
 pub(crate) enum Endpoint {
     Http1(ModelServer),
     Http2(Http2Server),
+    Https(ModelServer, TlsFront),
 }
 
 pub(crate) struct Scene {
@@ -81,6 +84,12 @@ impl Scene {
         let endpoint = match back {
             Back::Http1 => Endpoint::Http1(ModelServer::start(Options::default()).await.unwrap()),
             Back::Http2 => Endpoint::Http2(Http2Server::start(Http2Options::default()).await.unwrap()),
+            Back::Https => {
+                let server = ModelServer::start(Options::default()).await.unwrap();
+                let tls = Certificate::new("models.example").unwrap().server(None).unwrap();
+                let front = TlsFront::start(server.addr, tls).await.unwrap();
+                Endpoint::Https(server, front)
+            }
         };
         Self::before(front, endpoint, script, adjust).await
     }
@@ -98,13 +107,18 @@ impl Scene {
         let folder = tempfile::tempdir().unwrap();
         let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
         let mut pool = epp_pool(&[addr], epp.addr, FailureMode::Closed);
-        if let Endpoint::Http2(_) = endpoint {
-            pool.app_protocol = AppProtocol::H2c;
+        match endpoint {
+            Endpoint::Http1(_) => {}
+            Endpoint::Http2(_) => pool.app_protocol = AppProtocol::H2c,
+            Endpoint::Https(..) => {
+                pool.app_protocol = AppProtocol::Https;
+                pool.tls = Some(PoolTls { verify: ServerTls::Insecure, ..PoolTls::default() });
+            }
         }
         let agent = TestAgent::start(pool, SteeringMode::Off, |config| {
             if matches!(front, Front::Tls1 | Front::Tls2) {
                 let address = SocketAddr::from(([127, 0, 0, 1], 0));
-                config.listen.tls = Some(ListenTls { address, cert_file, key_file });
+                config.listen.tls = Some(ListenTls { address, cert_file, key_file, ..ListenTls::default() });
             }
             adjust(config);
         });
@@ -223,40 +237,49 @@ impl Endpoint {
         match self {
             Self::Http1(server) => server.addr,
             Self::Http2(server) => server.addr,
+            Self::Https(_, front) => front.addr,
+        }
+    }
+
+    /// The address by which the server names itself in its responses.
+    pub(crate) fn named(&self) -> SocketAddr {
+        match self {
+            Self::Http1(server) | Self::Https(server, _) => server.addr,
+            Self::Http2(server) => server.addr,
         }
     }
 
     pub(crate) fn requests(&self) -> u64 {
         match self {
-            Self::Http1(server) => server.requests(),
+            Self::Http1(server) | Self::Https(server, _) => server.requests(),
             Self::Http2(server) => server.requests(),
         }
     }
 
     pub(crate) fn aborted(&self) -> u64 {
         match self {
-            Self::Http1(server) => server.aborted(),
+            Self::Http1(server) | Self::Https(server, _) => server.aborted(),
             Self::Http2(server) => server.aborted(),
         }
     }
 
     pub(crate) fn written(&self) -> u64 {
         match self {
-            Self::Http1(server) => server.written(),
+            Self::Http1(server) | Self::Https(server, _) => server.written(),
             Self::Http2(server) => server.written(),
         }
     }
 
     pub(crate) fn connections_accepted(&self) -> u64 {
         match self {
-            Self::Http1(server) => server.connections_accepted(),
+            Self::Http1(server) | Self::Https(server, _) => server.connections_accepted(),
             Self::Http2(server) => server.connections_accepted(),
         }
     }
 
     pub(crate) fn seen(&self) -> Vec<Echo> {
         match self {
-            Self::Http1(server) => server.seen(),
+            Self::Http1(server) | Self::Https(server, _) => server.seen(),
             Self::Http2(server) => server.seen(),
         }
     }

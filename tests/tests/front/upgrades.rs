@@ -51,7 +51,7 @@ async fn scene((front, mode): (Front, SteeringMode)) -> Scene {
 
 fn server(scene: &Scene) -> &ModelServer {
     match &scene.endpoint {
-        Endpoint::Http1(server) => server,
+        Endpoint::Http1(server) | Endpoint::Https(server, _) => server,
         Endpoint::Http2(_) => panic!("the endpoint speaks HTTP/2"),
     }
 }
@@ -143,8 +143,9 @@ fn assert_stream(stream_id: u64, size: u64, pieces: &[&[u8]]) {
 /// In any interleaving; counted as one relayed request; the picker's stream lives as long as the connection.
 #[tokio::test]
 async fn bytes_flow_both_ways() {
-    for way in WAYS {
-        let scene = scene(way).await;
+    let https = [WAYS[0], STEERED, WAYS[4]].map(|way| (way, Back::Https));
+    for (way, back) in WAYS.map(|way| (way, Back::Http1)).into_iter().chain(https) {
+        let scene = Scene::with(way.0, back, first, |config| config.steering.mode = way.1).await;
         let plan = Plan {
             size: 1 << 20,
             stream_id: 7,

@@ -70,6 +70,7 @@ impl Endpoint {
                 match protocol {
                     AppProtocol::Http1 => drop(tokio::spawn(http1(stream, shared.clone()))),
                     AppProtocol::H2c => drop(tokio::spawn(http2(stream, shared.clone()))),
+                    AppProtocol::Https => unreachable!("no test of this file uses TLS"),
                 }
             }
         });

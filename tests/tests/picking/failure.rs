@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use penstock_agent::config::{Config, EppTls, FailureMode};
+use penstock_agent::config::{Config, FailureMode, ServerTls};
 use penstock_tests::{
     Refusing, Request, Stage,
     content::Fnv,
@@ -109,7 +109,7 @@ async fn stage(wrong: PickerFault, mode: FailureMode, expected: Expected, refusi
             }
             match wrong {
                 PickerFault::Absent => epp(config).addresses = vec![refusing.addr.to_string()],
-                PickerFault::Tls => epp(config).tls = EppTls::Insecure,
+                PickerFault::Tls => epp(config).tls = ServerTls::Insecure,
                 PickerFault::Faulty(_) => {}
             }
         },

@@ -311,6 +311,7 @@ impl Case {
         let mut endpoints = match self.protocol {
             AppProtocol::Http1 => vec![http1[0].addr, http1[1].addr],
             AppProtocol::H2c => vec![http2[0].addr, http2[1].addr],
+            AppProtocol::Https => unreachable!("no test of this file uses TLS"),
         };
         let dying = Dying::start().await;
         match self.first {

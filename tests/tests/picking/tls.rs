@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{ClientCertificate, Config, Epp, EppTls, FailureMode, KeyPin, SteeringMode};
+use penstock_agent::config::{ClientCertificate, Config, Epp, FailureMode, KeyPin, ServerTls, SteeringMode};
 use penstock_tests::{
     Client, DnsServer, ModelServer, ScriptedEpp,
     agent::{TestAgent, epps_pool},
@@ -110,15 +110,15 @@ async fn each_tls_mode_accepts_only_valid_pickers() {
     let picker_named = picker(&endpoint, named.server_config()).await;
     let picker_self_signed = picker(&endpoint, itself.server_config()).await;
     let plain = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
-    let ca = |name: &str, ca: &Ca| EppTls::Ca(write(&folder, name, &ca.0.pem()));
+    let ca = |name: &str, ca: &Ca| ServerTls::Ca(write(&folder, name, &ca.0.pem()));
     let (ours, other) = (ca("ours.pem", &ours), ca("other.pem", &other));
-    let pinned = |signed: &[&Signed]| EppTls::Pinned(signed.iter().map(|signed| signed.pin()).collect());
+    let pinned = |signed: &[&Signed]| ServerTls::Pinned(signed.iter().map(|signed| signed.pin()).collect());
     let cases = [
-        ("plain", &plain, EppTls::Off, None, true),
-        ("TLS with plaintext expected", &picker_named, EppTls::Off, None, false),
-        ("none where TLS is expected", &plain, EppTls::Insecure, None, false),
-        ("insecure", &picker_self_signed, EppTls::Insecure, None, true),
-        ("insecure, with a server name", &picker_self_signed, EppTls::Insecure, Some("epp.example"), true),
+        ("plain", &plain, ServerTls::Off, None, true),
+        ("TLS with plaintext expected", &picker_named, ServerTls::Off, None, false),
+        ("none where TLS is expected", &plain, ServerTls::Insecure, None, false),
+        ("insecure", &picker_self_signed, ServerTls::Insecure, None, true),
+        ("insecure, with a server name", &picker_self_signed, ServerTls::Insecure, Some("epp.example"), true),
         ("by our CA, for the host", &picker_named, ours.clone(), None, true),
         ("by our CA, for another of its names", &picker_named, ours.clone(), Some("epp.example"), true),
         ("by our CA, for a name it lacks", &picker_named, ours.clone(), Some("other.example"), false),
@@ -154,7 +154,7 @@ async fn certificate_must_match_resolved_name() {
         let agent = TestAgent::start(pool, SteeringMode::Off, |config| {
             config.dns.servers = vec![dns.addr];
             epp(config).addresses = vec![format!("{name}:{}", picker.addr.port())];
-            epp(config).tls = EppTls::Ca(file.clone());
+            epp(config).tls = ServerTls::Ca(file.clone());
         });
         assert_eq!(status(&agent).await, expected, "{name}");
     }
@@ -173,8 +173,11 @@ async fn mutual_tls_presents_client_certificate() {
         key: write(&folder, &format!("{name}.key"), &signed.key.serialize_pem()),
     };
     let (good, bad) = (shows("good", &clients.sign(&["agent"])), shows("bad", &servers.sign(&["agent"])));
-    let modes =
-        [EppTls::Insecure, EppTls::Ca(write(&folder, "ca.pem", &servers.0.pem())), EppTls::Pinned(vec![server.pin()])];
+    let modes = [
+        ServerTls::Insecure,
+        ServerTls::Ca(write(&folder, "ca.pem", &servers.0.pem())),
+        ServerTls::Pinned(vec![server.pin()]),
+    ];
     for tls in modes {
         for (client_certificate, expected) in [(Some(&good), 200), (Some(&bad), 503), (None, 503)] {
             let agent = agent(&endpoint, picker.addr, |epp| {
@@ -192,11 +195,11 @@ async fn changed_tls_files_are_reloaded() {
     let (old, new) = (Ca::new(), Ca::new());
     let mut old_picker = picker(&endpoint, old.sign(&["127.0.0.1"]).server_config()).await;
     let file = write(&folder, "ca.pem", &old.0.pem());
-    let agent_of_old = agent(&endpoint, old_picker.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
+    let agent_of_old = agent(&endpoint, old_picker.addr, |epp| epp.tls = ServerTls::Ca(file.clone()));
     assert_eq!(status(&agent_of_old).await, 200);
     // Another agent with the same file, whose picker has already changed its certificate.
     let new_picker = picker(&endpoint, new.sign(&["127.0.0.1"]).server_config()).await;
-    let agent_of_new = agent(&endpoint, new_picker.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
+    let agent_of_new = agent(&endpoint, new_picker.addr, |epp| epp.tls = ServerTls::Ca(file.clone()));
     assert_eq!(status(&agent_of_new).await, 503);
 
     write(&folder, "ca.pem", &new.0.pem());
@@ -219,7 +222,7 @@ async fn health_checks_use_same_tls() {
     let picker = picker(&endpoint, signed.server_config()).await;
     for (pin, state) in [(signed.pin(), "serving"), (other.pin(), "unreachable")] {
         let agent = agent(&endpoint, picker.addr, |epp| {
-            epp.tls = EppTls::Pinned(vec![pin]);
+            epp.tls = ServerTls::Pinned(vec![pin]);
             epp.health_interval = Some(Duration::from_millis(50));
         });
         let state = format!("state=\"{state}\"");
@@ -247,9 +250,9 @@ async fn error_names_the_protocol_that_the_picker_speaks() {
     let with_tls = picker(&endpoint, Signed::self_signed_identity().server_config()).await;
     names_cause(&agent(&endpoint, with_tls.addr, |_| {}), "the server answered with TLS; set `tls`").await;
     let plain = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
-    let without = agent(&endpoint, plain.addr, |epp| epp.tls = EppTls::Insecure);
+    let without = agent(&endpoint, plain.addr, |epp| epp.tls = ServerTls::Insecure);
     names_cause(&without, "the server answered without TLS; set `tls = \\\"off\\\"`").await;
-    for tls in [EppTls::Off, EppTls::Insecure] {
+    for tls in [ServerTls::Off, ServerTls::Insecure] {
         let http1 = agent(&endpoint, endpoint.addr, |epp| epp.tls = tls.clone());
         names_cause(&http1, "the server answered with HTTP/1.1; set `address`").await;
     }

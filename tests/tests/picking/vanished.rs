@@ -49,6 +49,7 @@ impl Machine {
                 match protocol {
                     AppProtocol::Http1 => drop(tokio::spawn(http1(stream, Arc::clone(&waiting)))),
                     AppProtocol::H2c => drop(tokio::spawn(http2(stream, Arc::clone(&waiting)))),
+                    AppProtocol::Https => unreachable!("no test of this file uses TLS"),
                 }
             }
         });

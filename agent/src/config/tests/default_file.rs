@@ -46,6 +46,9 @@ fn commented_settings_of_default_file_give_defaults() {
         text = text.replace(&format!("\n{key} = "), "\n#");
     }
     let text = text.replace("path = \"/v1/chat", "#");
+    // TLS to endpoints needs its protocol, and a file unless it is insecure.
+    let text = text.replace("app_protocol = \"http1\"", "app_protocol = \"https\"");
+    let text = text.replace("verify = \"ca\"", "verify = \"insecure\"");
     // Excludes what the pool says about its endpoints and its picker.
     let (before, section) = text.split_once("[pools.inference_pool]").unwrap();
     let text = format!("{before}{}", section.split_once("\n[").map(|(_, rest)| format!("[{rest}")).unwrap());

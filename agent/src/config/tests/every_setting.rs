@@ -129,7 +129,7 @@ const ROWS: &[Row] = &[
         c.pools[0].endpoints_file.as_deref() == Some(Path::new("/e.json"))
     }),
     ("[[pools]]", "ports = [8000, 8001]", |c| c.pools[0].ports == [8000, 8001]),
-    ("[[pools]]", r#"app_protocol = "h2c""#, |c| c.pools[0].app_protocol == AppProtocol::H2c),
+    ("[[pools]]", r#"app_protocol = "https""#, |c| c.pools[0].app_protocol == AppProtocol::Https),
     ("[[pools]]", r#"pick_per = "lease""#, |c| c.pools[0].pick_per == PickPer::Lease),
     ("[[pools]]", r#"failure_mode = "open""#, |c| c.pools[0].failure_mode == FailureMode::Open),
     ("[[pools]]", r#"default_upstream = "127.0.0.2:1""#, |c| {
@@ -138,6 +138,17 @@ const ROWS: &[Row] = &[
     ("[[pools]]", r#"passthrough = ["10.0.0.0/8", "fd00::1"]"#, |c| {
         let networks = ["10.0.0.0/8", "fd00::1"].map(|text| Network::parse(text).unwrap());
         c.pools[0].passthrough == Passthrough::Networks(networks.into())
+    }),
+    ("[pools.tls]", r#"verify = "pinned""#, |c| matches!(pool_tls(c).verify, ServerTls::Pinned(_))),
+    ("[pools.tls]", PIN, |c| {
+        pool_tls(c).verify == ServerTls::Pinned(vec![KeyPin(std::array::from_fn(|at| if at == 31 { 0xff } else { 0 }))])
+    }),
+    ("[pools.tls]", r#"server_name = "m.example""#, |c| pool_tls(c).server_name.as_deref() == Some("m.example")),
+    ("[pools.tls]", r#"client_cert_file = "/m.pem""#, |c| {
+        pool_tls(c).client_certificate.as_ref().unwrap().certificate == Path::new("/m.pem")
+    }),
+    ("[pools.tls]", r#"client_key_file = "/m.key""#, |c| {
+        pool_tls(c).client_certificate.as_ref().unwrap().key == Path::new("/m.key")
     }),
     ("[pools.pin]", r#"age = "off""#, |c| c.pools[0].pin.age.is_none()),
     ("[pools.lease]", r#"time = "1s""#, |c| c.pools[0].lease.time == seconds(1)),
@@ -149,9 +160,9 @@ const ROWS: &[Row] = &[
     ("[pools.picker]", r#"address = ["epp.svc:9002", "[fd00::7]:9002"]"#, |c| {
         epp(c).addresses == ["epp.svc:9002", "[fd00::7]:9002"]
     }),
-    ("[pools.picker]", r#"tls = "pinned""#, |c| matches!(epp(c).tls, EppTls::Pinned(_))),
+    ("[pools.picker]", r#"tls = "pinned""#, |c| matches!(epp(c).tls, ServerTls::Pinned(_))),
     ("[pools.picker]", PIN, |c| {
-        epp(c).tls == EppTls::Pinned(vec![KeyPin(std::array::from_fn(|at| if at == 31 { 0xff } else { 0 }))])
+        epp(c).tls == ServerTls::Pinned(vec![KeyPin(std::array::from_fn(|at| if at == 31 { 0xff } else { 0 }))])
     }),
     ("[pools.picker]", r#"server_name = "epp.example""#, |c| epp(c).server_name.as_deref() == Some("epp.example")),
     ("[pools.picker]", r#"client_cert_file = "/c.pem""#, |c| shown(c).certificate == Path::new("/c.pem")),
@@ -231,8 +242,9 @@ const EXCLUSIVE: &[Row] = &[
         c.pools[0].subset.endpoints == [address("127.0.0.1:8000")]
     }),
     ("[pools.picker]", "kind = \"epp\"\naddress = \"e:1\"\ntls = \"ca\"\nca_file = \"/ca.pem\"", |c| {
-        epp(c).tls == EppTls::Ca("/ca.pem".into())
+        epp(c).tls == ServerTls::Ca("/ca.pem".into())
     }),
+    ("[pools.tls]", "ca_file = \"/ca.pem\"", |c| pool_tls(c).verify == ServerTls::Ca("/ca.pem".into())),
 ];
 
 /// Those of a pool without endpoints of its own.
@@ -244,6 +256,10 @@ const DISCOVERED: &[Row] =
 
 fn tls(config: &Config) -> &ListenTls {
     config.listen.tls.as_ref().unwrap()
+}
+
+fn pool_tls(config: &Config) -> &PoolTls {
+    config.pools[0].tls.as_ref().unwrap()
 }
 
 fn shown(config: &Config) -> &ClientCertificate {
@@ -270,7 +286,8 @@ fn every_setting_is_read() {
         assert!(is_read(&config), "{section} {setting}: {config:?}");
     }
     for (section, setting, is_read) in EXCLUSIVE {
-        let config = Config::parse(&format!("{POOL}{section}\n{setting}"), "p.toml").unwrap();
+        let protocol = if *section == "[pools.tls]" { "app_protocol = \"https\"\n" } else { "" };
+        let config = Config::parse(&format!("{POOL}{protocol}{section}\n{setting}"), "p.toml").unwrap();
         assert!(is_read(&config), "{section} {setting}: {config:?}");
     }
     for (section, setting, is_read) in DISCOVERED {

@@ -80,7 +80,7 @@ fn relative_files_are_found_next_to_the_configuration() {
     std::fs::write(&ca, certificate.cert.pem()).unwrap();
     let config = Config::load(&path).unwrap();
     let Picker::Epp(epp) = &config.pools[0].picker else { panic!("{config:?}") };
-    assert_eq!(epp.tls, EppTls::Ca(ca));
+    assert_eq!(epp.tls, ServerTls::Ca(ca));
 
     let missing = folder.path().join("missing.toml");
     let error = Config::load(&missing).unwrap_err().to_string();

@@ -137,8 +137,12 @@ impl Service<Uri> for DialTls {
         let (address, client_certificate) = (self.address, self.client_certificate.clone());
         Box::pin(async move {
             let epp =
-                config::Epp { tls: EppTls::Insecure, client_certificate, ..config::Epp::new(address.to_string()) };
-            let connector = tls::Tls::new(&epp).unwrap().unwrap().connector();
+                config::Epp { tls: ServerTls::Insecure, client_certificate, ..config::Epp::new(address.to_string()) };
+            let connector = server_tls::Connectors::new(&epp.tls, epp.client_certificate.as_ref(), server_tls::H2)
+                .unwrap()
+                .unwrap()
+                .current()
+                .tls;
             let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
             let stream = connector.connect(name, TcpStream::connect(address).await?).await?;
             assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));

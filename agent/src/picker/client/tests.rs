@@ -16,7 +16,7 @@ use tonic::transport::Server;
 use super::*;
 use crate::{
     budget::Budget,
-    config::{Epp, EppTls},
+    config::{Epp, ServerTls},
     picker::{
         error::AskAgain,
         exchange::{Body, Decision, Event, Outcome},
@@ -41,13 +41,13 @@ fn epp_settings() -> Epp {
     Epp { connect_timeout: Duration::from_secs(5), response_timeout: None, ..Epp::new("127.0.0.1:9002") }
 }
 
-fn client_to(address: &str, tls: EppTls, connect_timeout: Duration) -> EppClient {
+fn client_to(address: &str, tls: ServerTls, connect_timeout: Duration) -> EppClient {
     let epp = Epp { addresses: vec![address.to_owned()], tls, connect_timeout, ..epp_settings() };
     EppClient::new(Arc::new(Replicas::new(&epp).unwrap()))
 }
 
 fn client(address: SocketAddr) -> EppClient {
-    client_to(&address.to_string(), EppTls::Off, Duration::from_secs(5))
+    client_to(&address.to_string(), ServerTls::Off, Duration::from_secs(5))
 }
 
 fn post() -> Parts {
@@ -261,7 +261,7 @@ async fn requests_that_wait_for_a_connection_fail_together() {
     // Accepts TCP connections and sends nothing, so that the TLS handshake hangs.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let client = client_to(&address, EppTls::Insecure, Duration::from_millis(250));
+    let client = client_to(&address, ServerTls::Insecure, Duration::from_millis(250));
     let start = Instant::now();
     let asked = futures_util::future::join_all((0..40).map(|_| ask(&client))).await;
     assert!(asked.iter().all(|outcome| outcome.as_ref().is_err_and(|error| error.reason() == "connect")));

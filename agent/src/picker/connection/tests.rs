@@ -4,7 +4,7 @@ use tokio::{net::TcpListener, time::timeout};
 
 use super::*;
 use crate::{
-    config::{Epp, EppTls},
+    config::{Epp, ServerTls},
     metrics::Metrics,
 };
 
@@ -42,7 +42,7 @@ async fn server(streams: u32) -> SocketAddr {
 /// Connections to this server, and the metrics that count them.
 fn connections_to(server: SocketAddr, idle: Duration) -> (ReplicaConnections, Arc<Metrics>) {
     let metrics = Metrics::new(&["gpu".to_owned()]);
-    let epp = Epp { tls: EppTls::Off, ..Epp::new(server.to_string()) };
+    let epp = Epp { tls: ServerTls::Off, ..Epp::new(server.to_string()) };
     let replicas = Arc::new(Replicas::new(&epp).unwrap().counted(metrics.pool(0).epp_connections()));
     let replica = Arc::clone(&replicas.snapshot().replicas[0]);
     let ReplicaConnections(inner) = ReplicaConnections::new(&replicas, &replica);

@@ -105,7 +105,7 @@ fn invalid_settings_are_rejected() {
     for address in ["", "epp", "http://epp:9002", "a b:1"] {
         assert!(Replicas::new(&Epp::new(address)).is_err(), "{address:?}");
     }
-    let tls = config::EppTls::Ca("no/such/file".into());
+    let tls = config::ServerTls::Ca("no/such/file".into());
     assert!(Replicas::new(&Epp { tls, ..Epp::new("epp:9002") }).is_err());
 }
 

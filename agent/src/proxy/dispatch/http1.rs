@@ -1,10 +1,9 @@
 //! Sends one request over HTTP/1.1 and returns the head of the final response.
 
-use std::{io::Write as _, net::SocketAddr, rc::Rc, time::Duration};
+use std::{io::Write as _, net::SocketAddr, time::Duration};
 
 use bytes::{BufMut as _, BytesMut};
 use http::HeaderValue;
-use tokio::net::TcpStream;
 
 use super::{AttemptError, Interim, Job, content::Content, send_failure};
 use crate::{
@@ -12,6 +11,7 @@ use crate::{
         body::ResponseBody,
         connection::EndpointConnection,
         sending::{Progress, SendError, Sending, with_idle_timeout},
+        tls::EndpointWriter,
     },
     error::Error,
     http::{
@@ -36,7 +36,8 @@ pub(super) async fn turn(
     fresh: bool,
 ) -> Result<(ResponseHead, ResponseBody), AttemptError> {
     let metrics = &job.worker.shared.metrics;
-    let kept = if fresh { None } else { job.worker.endpoints.reuse(address) };
+    let tls = job.worker.shared.endpoint_tls[job.request.pool].as_deref();
+    let kept = if fresh { None } else { job.worker.endpoints.reuse(address, tls) };
     if let Some(endpoint) = kept {
         metrics.endpoint_connection(Connection::Reused);
         match attempt(job, endpoint, true).await {
@@ -49,7 +50,7 @@ pub(super) async fn turn(
             outcome => return outcome,
         }
     }
-    let endpoint = job.worker.endpoints.connect(address).await.map_err(|error| {
+    let endpoint = job.worker.endpoints.connect(address, tls).await.map_err(|error| {
         metrics.endpoint_connection(Connection::Failed);
         AttemptError::Connect(error)
     })?;
@@ -67,17 +68,17 @@ async fn attempt(
     let address = endpoint.address;
     endpoint.announce(job.request.target);
     endpoint.set_watched(watch(job, &endpoint));
-    let before = endpoint.acknowledged();
+    let before = endpoint.acknowledged_before();
     let lost = async |endpoint: &EndpointConnection| {
         // If the kernel does not report acknowledged bytes, assume that the request arrived.
         let executed = endpoint.acknowledged_more(before).await.unwrap_or(true);
         AttemptError::ClosedEarly { executed, kept: false }
     };
     let progress = Progress::begin();
-    let Ok(stream) = endpoint.stream() else { return Err(lost(&endpoint).await) };
+    let Ok(writer) = endpoint.writer() else { return Err(lost(&endpoint).await) };
     let prompt = kept && !job.may_be_repeated();
     let work = send(
-        stream,
+        writer,
         head_of(job, address, endpoint.is_watched()),
         job.content.clone(),
         prompt,
@@ -146,7 +147,7 @@ fn head_of(job: &Job<'_>, address: SocketAddr, closes: bool) -> BytesMut {
 /// read. On a connection that has carried a response, Linux delays the acknowledgement of a single segment by up to 40 ms, and a
 /// reset in that time would look as if nothing had been received (`tcp_measure_rcv_mss`, `__tcp_cleanup_rbuf`).
 async fn send(
-    endpoint: Rc<TcpStream>,
+    endpoint: EndpointWriter,
     mut out: BytesMut,
     content: Content,
     prompt: bool,
@@ -189,7 +190,7 @@ async fn send(
 
 /// Writes all of `out`. `idle` limits the wait for each part.
 async fn write(
-    endpoint: &TcpStream,
+    endpoint: &EndpointWriter,
     mut out: &[u8],
     progress: &Progress,
     idle: Option<Duration>,
@@ -206,7 +207,16 @@ async fn write(
             Err(_) => return Err(SendError::Refused),
         }
     }
-    Ok(())
+    loop {
+        match endpoint.try_flush() {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                with_idle_timeout(idle, endpoint.writable()).await?;
+                progress.made();
+            }
+            Err(_) => return Err(SendError::Refused),
+        }
+    }
 }
 
 /// Why no head was read.

@@ -64,6 +64,7 @@ fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<Tcp
     may_watch(&RequestFacts {
         http2: socket.is_none(),
         tls: socket.is_some_and(ClientSocket::is_tls),
+        endpoint_tls: pool.tls.is_some(),
         http10: request.parts.version == Version::HTTP_10,
         half_close: socket.is_some_and(ClientSocket::answers_half_closed),
         per_request: pool.pick_per == PickPer::Request,

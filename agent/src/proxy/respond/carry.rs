@@ -178,7 +178,7 @@ pub(in crate::proxy) fn open_tunnel(
     announced: Option<u64>,
     endpoint: &EndpointConnection,
 ) -> (Session<'static>, Option<Upstream>) {
-    if client.is_tls() {
+    if client.is_tls() || endpoint.is_tls() {
         return (Session::relayed(Framing::until_close()), None);
     }
     let eligibility = eligibility(worker, endpoint, announced);
@@ -364,6 +364,7 @@ fn response(
     let both = BothEnds {
         local_endpoint: endpoint.local,
         tls: client.is_tls(),
+        endpoint_tls: endpoint.is_tls(),
         half_closed: client.is_half_closed(),
         client: request.parts.version,
     };

@@ -1,4 +1,4 @@
-//! Tests of TLS to EPPs with generated certificates.
+//! Tests of TLS to servers with generated certificates.
 
 use std::path::Path;
 
@@ -17,6 +17,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::*;
+use crate::config::Epp;
 
 const NAME: &str = "epp.example";
 
@@ -64,10 +65,10 @@ async fn serve(ca: &Ca, clients: Option<&Ca>) -> std::net::SocketAddr {
 }
 
 /// Whether the handshake succeeds and the greeting arrives.
-async fn greets(tls: &Tls, address: std::net::SocketAddr, name: &'static str) -> bool {
+async fn greets(tls: &Connectors, address: std::net::SocketAddr, name: &'static str) -> bool {
     let tcp = TcpStream::connect(address).await.unwrap();
     let mut greeting = [0; 2];
-    match tls.connector().connect(ServerName::try_from(name).unwrap(), tcp).await {
+    match tls.current().tls.connect(ServerName::try_from(name).unwrap(), tcp).await {
         Ok(mut stream) => stream.read_exact(&mut greeting).await.is_ok_and(|_| greeting == *b"ok"),
         Err(_) => false,
     }
@@ -80,11 +81,15 @@ fn write(folder: &TempDir, name: &str, text: &str) -> PathBuf {
 }
 
 fn by_ca(file: &Path) -> Epp {
-    Epp { tls: EppTls::Ca(file.to_owned()), ..Epp::new("epp:9002") }
+    Epp { tls: ServerTls::Ca(file.to_owned()), ..Epp::new("epp:9002") }
 }
 
-fn tls(epp: &Epp) -> Tls {
-    Tls::new(epp).unwrap().unwrap()
+fn made(epp: &Epp) -> anyhow::Result<Option<Connectors>> {
+    Connectors::new(&epp.tls, epp.client_certificate.as_ref(), H2)
+}
+
+fn tls(epp: &Epp) -> Connectors {
+    made(epp).unwrap().unwrap()
 }
 
 #[tokio::test]
@@ -97,27 +102,27 @@ async fn ca_verifies_issuer_and_name() {
     assert!(!greets(&tls(&by_ca(&write(&folder, "other.pem", &other.pem()))), address, NAME).await);
     let both = write(&folder, "both.pem", &format!("{}{}", other.pem(), ours.pem()));
     assert!(greets(&tls(&by_ca(&both)), address, NAME).await);
-    let insecure = Epp { tls: EppTls::Insecure, ..Epp::new("epp:9002") };
+    let insecure = Epp { tls: ServerTls::Insecure, ..Epp::new("epp:9002") };
     assert!(greets(&tls(&insecure), address, "other.example").await);
 }
 
 #[test]
 fn invalid_files_are_rejected_at_start() {
     let folder = TempDir::new().unwrap();
-    assert!(Tls::new(&Epp::new("epp:9002")).unwrap().is_none());
+    assert!(made(&Epp::new("epp:9002")).unwrap().is_none());
     for file in [write(&folder, "empty.pem", ""), folder.path().join("none.pem")] {
-        assert!(Tls::new(&by_ca(&file)).is_err());
+        assert!(made(&by_ca(&file)).is_err());
     }
     let ((certificate, _), (_, key)) = (signed(&ca()), signed(&ca()));
     let (certificate, key) = (write(&folder, "a.pem", &certificate), write(&folder, "a.key", &key));
     let epp =
         Epp { client_certificate: Some(ClientCertificate { certificate, key }), ..by_ca(&folder.path().join("")) };
-    let error = Tls::new(&Epp { tls: EppTls::Insecure, ..epp }).err().unwrap();
+    let error = made(&Epp { tls: ServerTls::Insecure, ..epp }).err().unwrap();
     assert_eq!(error.to_string(), "the key does not match the certificate");
 }
 
 /// Runs `script` while the files are followed.
-async fn following(tls: &Tls, script: impl Future<Output = ()>) {
+async fn following(tls: &Connectors, script: impl Future<Output = ()>) {
     tokio::select! {
         () = tls.follow_files() => unreachable!("follow_files never returns"),
         () = script => {}
@@ -156,7 +161,7 @@ async fn client_certificate_is_used_once_its_key_matches() {
     let certificate = write(&folder, "client.pem", &old_certificate);
     let key = write(&folder, "client.key", &old_key);
     let client_certificate = Some(ClientCertificate { certificate, key });
-    let tls = tls(&Epp { tls: EppTls::Insecure, client_certificate, ..Epp::new("epp:9002") });
+    let tls = tls(&Epp { tls: ServerTls::Insecure, client_certificate, ..Epp::new("epp:9002") });
     let which = async || (greets(&tls, of_old, NAME).await, greets(&tls, of_new, NAME).await);
     following(&tls, async {
         assert_eq!(which().await, (true, false));

@@ -41,7 +41,7 @@ impl ServerCertVerifier for ByKey {
         if let Some(pins) = &self.pins {
             let shown = pin(certificate)?;
             if !pins.contains(&shown) {
-                return Err(Error::General(format!("the EPP's key is {shown}, which is not pinned")));
+                return Err(Error::General(format!("the server's key is {shown}, which is not pinned")));
             }
         }
         Ok(ServerCertVerified::assertion())
