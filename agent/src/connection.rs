@@ -1,6 +1,7 @@
 //! Serves a client's connection: one request after the other, until one side ends it. A connection that begins with the
 //! HTTP/2 preface is handed to `http2`.
 
+mod announced;
 mod http2;
 
 use std::{net::SocketAddr, rc::Rc, time::Duration};
@@ -11,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 
+use self::announced::announced;
 use crate::{
     client::{Client, ClientIo, ClientSocket, close::Linger},
     config::Config,
@@ -33,12 +35,18 @@ const FIRST_READ: usize = 4096;
 /// How long a draining agent waits for the first request of a connection.
 const FIRST_REQUEST: Duration = Duration::from_millis(200);
 
-/// Serves the connection to its end.
-pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
+/// Serves the connection to its end. `announces`: it begins with a PROXY header.
+pub async fn serve(current: &Rc<Current>, mut stream: TcpStream, peer: SocketAddr, announces: bool) {
     probe(current, &stream);
+    let Some(peer) = origin(current, &mut stream, peer, announces).await else { return };
     // Fails only if the client has already closed.
     let Ok(socket) = ClientSocket::new(stream) else { return };
     requests(current, socket, peer).await;
+}
+
+/// The address that the connection comes from. `None` if it has to be closed.
+async fn origin(current: &Current, stream: &mut TcpStream, peer: SocketAddr, announces: bool) -> Option<SocketAddr> {
+    if announces { announced(current, stream, peer).await } else { Some(peer) }
 }
 
 /// Has the kernel detect a client that disappears while the connection is idle or its window is closed.
@@ -52,8 +60,15 @@ fn probe(current: &Current, stream: &TcpStream) {
 
 /// Like [`serve`], for a client that speaks TLS. The handshake has the time limit of a request head. It takes a
 /// handshake place from the client's first byte on, and its steps take turns with other handshakes of the worker.
-pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream, peer: SocketAddr) {
+pub async fn serve_tls(
+    current: &Rc<Current>,
+    tls: &Acceptor,
+    mut stream: TcpStream,
+    peer: SocketAddr,
+    announces: bool,
+) {
     probe(current, &stream);
+    let Some(peer) = origin(current, &mut stream, peer, announces).await else { return };
     let stream = match handshake(&current.worker(), tls, stream, peer).await {
         Ok(Some(stream)) => stream,
         Ok(None) => return,

@@ -48,6 +48,7 @@ pub mod trial;
 mod tried;
 mod turns;
 mod tls;
+mod proxy_header;
 mod connection;
 mod server;
 mod reload;

@@ -220,6 +220,11 @@ impl Metrics {
         InFlightGauge::new(&self.core.families.tls_handshakes_active)
     }
 
+    /// Counts a connection closed for its PROXY header, by reason.
+    pub fn proxy_header_refused(&self, reason: &'static str) {
+        self.core.families.proxy_headers_refused.get_or_create(&ByReason { reason }).inc();
+    }
+
     /// Counts a TLS handshake that failed for this reason, a label of the metric.
     pub fn tls_handshake_failed(&self, reason: &'static str) {
         self.core.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();

@@ -28,6 +28,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         http2_resets: _,
         http2_control_frames: _,
         half_close: _,
+        proxy_protocol: _,
         tls_handshakes,
     } = &before.listen;
     let Config {

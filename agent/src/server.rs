@@ -239,10 +239,15 @@ async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, 
         let worker = current.worker();
         (worker.shared.metrics.client_connection(), worker.shared.force.clone())
     };
+    let announces = {
+        let worker = current.worker();
+        let listen = &worker.shared.config.listen;
+        if tls.is_some() { listen.tls.as_ref().is_some_and(|tls| tls.proxy_protocol) } else { listen.proxy_protocol }
+    };
     let mut serve = pin!(async {
         match &tls {
-            None => connection::serve(current, stream, peer).await,
-            Some(tls) => connection::serve_tls(current, tls, stream, peer).await,
+            None => connection::serve(current, stream, peer, announces).await,
+            Some(tls) => connection::serve_tls(current, tls, stream, peer, announces).await,
         }
     });
     tokio::select! {

@@ -11,7 +11,7 @@ use super::{
     document::Section,
     files,
     settings::{choice, optional_section, settings},
-    value::{self, integer},
+    value::{self, boolean, integer},
 };
 
 settings! {
@@ -40,6 +40,10 @@ settings! {
         pub http2_control_frames: u32 = 1000 => integer(100..=1_000_000),
         /// What happens to a request whose client closes its sending side before the response.
         pub half_close: HalfClose = HalfClose::Cancel => value::choice(),
+        /// Whether each connection to `address` begins with a header of the PROXY protocol (version 1 or 2), in which a load balancer
+        /// says where it comes from. That is then the client's address: in the access log, in `X-Forwarded-For` and everywhere else. A
+        /// connection without the header is closed. The header is believed, so only load balancers may reach such a listener.
+        pub proxy_protocol: bool = false => boolean(),
         /// Maximum number of concurrent TLS handshakes of all workers together. Further clients wait, within `timeouts.head`.
         pub tls_handshakes: usize = 1024 => integer(1..=1_048_576),
     }
@@ -68,6 +72,8 @@ settings! {
         /// PEM file of the private key of `cert_file`. It is reloaded when it changes. A relative path is resolved against the
         /// folder of this file.
         pub key_file: PathBuf = PathBuf::new() => value::required_file("the file with its key", "tls.key"),
+        /// Whether each connection begins with a header of the PROXY protocol, before TLS, as `listen.proxy_protocol`.
+        pub proxy_protocol: bool = false => boolean(),
     }
 }
 

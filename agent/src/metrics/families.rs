@@ -100,6 +100,8 @@ families! {
     client_connections_shed: Counter = "client_connections_shed";
     /// Connections that could not be accepted for lack of descriptors or memory, by listener.
     accept_failures: Family<ByListener, Counter> = "accept_failures";
+    /// Connections of clients closed because their PROXY header was absent, invalid or late.
+    proxy_headers_refused: Family<ByReason, Counter> = "proxy_headers_refused";
     /// TLS handshakes with clients that failed.
     tls_handshakes_failed: Family<ByReason, Counter> = "tls_handshakes_failed";
     /// TLS handshakes with clients in progress.

@@ -58,7 +58,8 @@ impl FarClients {
         let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
         let agent = TestAgent::start(settings, mode, |config| {
             config.listen.address = SocketAddr::from((here, 0));
-            config.listen.tls = Some(ListenTls { address: SocketAddr::from((here, 0)), cert_file, key_file });
+            config.listen.tls =
+                Some(ListenTls { address: SocketAddr::from((here, 0)), cert_file, key_file, ..ListenTls::default() });
             adjust(config);
         });
         Self { server, agent, there: Arc::new(there), name, certificate, _folder: folder }

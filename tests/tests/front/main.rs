@@ -12,6 +12,7 @@ mod http2_clients;
 mod http2_endpoints;
 mod http2_limits;
 mod picker_trailers;
+mod proxy_protocol;
 mod replaced;
 mod scene;
 mod returned;

@@ -157,7 +157,7 @@ impl Tls {
         let certificate = Certificate::new("agent.example").unwrap();
         let folder = tempfile::tempdir().unwrap();
         let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
-        let listen = ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file };
+        let listen = ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file, ..ListenTls::default() };
         Self { certificate, listen, _folder: folder }
     }
 }

@@ -133,7 +133,7 @@ async fn tls_connection_over_limit_is_closed() {
     let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
     let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
         config.listen.max_connections = 1;
-        config.listen.tls = Some(ListenTls { address: ANY_PORT, cert_file, key_file });
+        config.listen.tls = Some(ListenTls { address: ANY_PORT, cert_file, key_file, ..ListenTls::default() });
     });
     let held = busy(&agent).await;
     let address = agent.agent.tls_address().unwrap();

@@ -157,7 +157,8 @@ fn http2_cannot_be_switched_off_under_tls() {
     let folder = tempfile::tempdir().unwrap();
     let (cert_file, key_file) = Certificate::new("agent.example").unwrap().write(folder.path()).unwrap();
     let agent = TestAgent::start(builtin_pool(&["127.0.0.1:1".parse().unwrap()]), SteeringMode::Off, |config| {
-        config.listen.tls = Some(ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file });
+        config.listen.tls =
+            Some(ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file, ..ListenTls::default() });
     });
     for (streams, is_refused) in [(100, false), (0, true)] {
         let mut config = agent.agent.config();

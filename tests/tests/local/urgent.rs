@@ -91,7 +91,7 @@ async fn urgent_byte_from_tls_client_does_not_end_request() {
     let certificate = Certificate::new("agent.example").unwrap();
     let folder = tempfile::tempdir().unwrap();
     let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
-    let tls = ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file };
+    let tls = ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file, ..ListenTls::default() };
     let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Auto, |config| {
         config.listen.tls = Some(tls);
     });

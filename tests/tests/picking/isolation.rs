@@ -408,7 +408,8 @@ fn tls() -> (Certificate, ListenTls, tempfile::TempDir) {
     let certificate = Certificate::new("agent.example").unwrap();
     let folder = tempfile::tempdir().unwrap();
     let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
-    let listen = ListenTls { address: SocketAddr::from(([127, 0, 0, 1], 0)), cert_file, key_file };
+    let listen =
+        ListenTls { address: SocketAddr::from(([127, 0, 0, 1], 0)), cert_file, key_file, ..ListenTls::default() };
     (certificate, listen, folder)
 }
 

@@ -81,7 +81,12 @@ async fn own_listeners_as_endpoints_are_rejected() {
     let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
     for listen in [Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED] {
         let tls = SocketAddr::from((listen, 0));
-        let tls = ListenTls { address: tls, cert_file: cert_file.clone(), key_file: key_file.clone() };
+        let tls = ListenTls {
+            address: tls,
+            cert_file: cert_file.clone(),
+            key_file: key_file.clone(),
+            ..ListenTls::default()
+        };
         let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
             config.listen.workers = 1;
             config.listen.address.set_ip(listen.into());

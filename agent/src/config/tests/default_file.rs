@@ -57,7 +57,12 @@ fn commented_settings_of_default_file_give_defaults() {
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
     assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
     assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
-    let tls = ListenTls { address: address("0.0.0.0:8443"), cert_file: "tls.crt".into(), key_file: "tls.key".into() };
+    let tls = ListenTls {
+        address: address("0.0.0.0:8443"),
+        cert_file: "tls.crt".into(),
+        key_file: "tls.key".into(),
+        ..ListenTls::default()
+    };
     assert_eq!(config.listen, Listen { tls: Some(tls), ..Listen::default() });
     assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
     assert_eq!(config.pools[0].session_headers, ["x-session-id"]);

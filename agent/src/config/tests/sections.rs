@@ -30,7 +30,7 @@ fn wrong_values_in_sections_are_rejected() {
         ("[listen]\naddress = \"localhost:8080\"", r#"p.toml:2:11: listen.address: found "localhost:8080", expected ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.to_owned()),
         ("[listen]\n\nworkers = -1", "p.toml:3:11: listen.workers: found -1, expected an integer from 0 to 1024".to_owned()),
         ("[listen.tls]\naddress = \"0.0.0.0:1\"\ncert_file = \"none.crt\"", r"p.toml:1:1: listen.tls.key_file: found nothing, expected the file with its key".to_owned()),
-        ("[listen]\nport = 1", "p.toml:2:1: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, upgrades, tls, http2_resets, http2_control_frames, half_close, tls_handshakes".to_owned()),
+        ("[listen]\nport = 1", "p.toml:2:1: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, upgrades, tls, http2_resets, http2_control_frames, half_close, proxy_protocol, tls_handshakes".to_owned()),
         ("listen = 5", "p.toml:1:1: listen: found 5, expected a section".to_owned()),
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2:1: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2:14: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
