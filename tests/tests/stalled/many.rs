@@ -35,7 +35,7 @@ const PIECE: u64 = 16 * KIB;
 const SEGMENT: u32 = 1400;
 /// What is sent first, in writes of this size, followed by a pause, so that the flow is armed when the rest arrives.
 const FIRST: u64 = 4 * KIB;
-const BODY: u64 = MIB;
+const BODY: u64 = MIB / 2;
 const WRITE: u64 = 4 * KIB;
 const SOON: Duration = Duration::from_secs(30);
 /// Servers are blocked once they have sent nothing for this long.
