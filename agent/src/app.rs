@@ -24,7 +24,7 @@ use crate::{
     admin::{self, AdminHandle},
     capability,
     config::{Config, Limits},
-    inference_pools::{self, KnownPools},
+    inference_pools::{self, DiscoveryGates, Known},
     kernel::wire::Registry,
     kubernetes::{self, KubernetesDiscovery},
     ladder::Ladder,
@@ -46,7 +46,7 @@ use crate::{
 /// A running agent. Dropping it aborts running requests.
 pub struct Agent {
     live: Arc<Live>,
-    /// None without pools that are InferencePools.
+    /// None without a Gateway or pools that are InferencePools.
     kubernetes: Mutex<Option<KubernetesDiscovery>>,
     readiness: Readiness,
     admin: AdminHandle,
@@ -178,13 +178,14 @@ impl Agent {
     /// restart. Blocks until the previous background threads have ended.
     pub fn reload(&self, config: Config) -> Result<(), ReloadError> {
         let pools = inference_pools::named(&config);
+        let has_gateway = config.kubernetes.gateway.is_some();
         self.live.reload(config)?;
         let mut kubernetes = self.kubernetes.lock();
         match &*kubernetes {
             Some(running) => running.follow(pools),
-            None if pools.is_empty() => {}
+            None if pools.is_empty() && !has_gateway => {}
             None => {
-                let started = KubernetesDiscovery::start(&self.live, pools, Vec::new(), &self.watch);
+                let started = KubernetesDiscovery::start(&self.live, pools, DiscoveryGates::default(), &self.watch);
                 *kubernetes = Some(started.map_err(ReloadError::Background)?);
             }
         }
@@ -261,7 +262,7 @@ struct Services {
 impl Services {
     fn start(
         file: Config,
-        known: KnownPools,
+        known: Known,
         metrics: Arc<Metrics>,
         readiness: &Readiness,
         own: Listeners,
@@ -273,10 +274,14 @@ impl Services {
         let shared = Arc::new(Shared { probe: watch.probe.clone(), ..shared });
         let certificate = shared.config.listen.tls.as_ref().map(Certificate::read).transpose()?;
         let pools = inference_pools::named(&file);
-        let gates = pools.iter().map(|pool| readiness.gate(format!("InferencePool {pool}"))).collect();
+        let gateway = file.kubernetes.gateway.clone();
+        let is_used = !pools.is_empty() || gateway.is_some();
+        let gates = DiscoveryGates {
+            pools: pools.iter().map(|pool| readiness.gate(format!("InferencePool {pool}"))).collect(),
+            gateway: gateway.map(|gateway| readiness.gate(format!("Gateway {gateway}"))),
+        };
         let live = Live::start(shared, file, known, certificate.clone(), readiness, watch)?;
-        let kubernetes =
-            (!pools.is_empty()).then(|| KubernetesDiscovery::start(&live, pools, gates, watch)).transpose()?;
+        let kubernetes = is_used.then(|| KubernetesDiscovery::start(&live, pools, gates, watch)).transpose()?;
         Ok(Self { live, kubernetes, exporter, certificate })
     }
 }

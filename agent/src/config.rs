@@ -7,6 +7,7 @@
 
 mod admin;
 mod bbr;
+mod changes;
 mod default_file;
 mod dns;
 mod document;
@@ -46,6 +47,8 @@ use std::path::Path;
 
 pub use admin::Admin;
 pub use bbr::{Bbr, MissingModel};
+pub(crate) use changes::is_target_path;
+pub use changes::{FieldChanges, PathChange, Redirect, RedirectScheme, RedirectStatus, Rewrite, SetField};
 pub use default_file::default_toml;
 pub use dns::Dns;
 pub use ejection::Ejection;
@@ -56,7 +59,7 @@ pub use errors::{ErrorFormat, Errors};
 pub(crate) use headers::ALL_HINTS;
 pub use headers::{ClientHint, Forwarding, Headers};
 pub use health::HealthCheck;
-pub use kubernetes::{InferencePoolRef, InferencePoolVersion, Kubernetes};
+pub use kubernetes::{GatewayRef, InferencePoolRef, InferencePoolVersion, InferencePools, Kubernetes, PoolSource};
 pub use limits::Limits;
 pub use listen::{HalfClose, Listen, ListenTls};
 pub use metadata::{Attribute, EppMetadata};
@@ -68,13 +71,16 @@ pub use pools::{AppProtocol, FailureMode, LeaseLimits, PickPer, PinLimits, Pool,
 pub use process::{Process, User, parse_user};
 pub use reference::reference;
 pub use retry::Retry;
-pub use routes::{HeaderCondition, HostPattern, ModelPattern, PathPattern, Route, WeightedPool};
+pub use routes::{
+    HeaderCondition, HostPattern, ModelPattern, PathPattern, QueryCondition, RefusedRoute, Route, WeightedPool,
+};
 pub use schema::json_schema;
 pub use server_tls::{ClientCertificate, KeyPin, PoolTls, ServerTls};
 pub use steering::{AtStop, Bpffs, Interfaces, Steering, SteeringMode};
 pub use subset::{EmptySubset, Locality, Subset};
 pub use timeouts::{TimeoutOverrides, Timeouts};
 pub use tracing::{Ratio, Tracing};
+pub(crate) use value::may_be_changed;
 
 use document::Section;
 use settings::{Elsewhere, Settings as _, section, sections, settings};
@@ -110,7 +116,7 @@ settings! {
         pub dns: Dns = Dns::default() => section(),
         /// The Kubernetes API server, which tells the endpoints and the EPP of pools with `inference_pool`. See docs/kubernetes.md.
         pub kubernetes: Kubernetes = Kubernetes::default() => section(),
-        /// The pools: at least one, each with a unique name.
+        /// The pools: at least one without `kubernetes.gateway`, each with a unique name.
         pub pools: Vec<Pool> = Vec::new() => sections(),
         /// The first route whose conditions all match is used. Without routes, every request goes to the first pool. `host`,
         /// `method`, `model` and `base_model` take one value or an array, of which one must match.
@@ -193,9 +199,10 @@ impl Config {
         self.bbr.check(&root.at("bbr"));
         self.steering.check(&root.at("steering"));
         self.dns.check(&root.at("dns"));
+        self.kubernetes.check(&root.at("kubernetes"));
         let tls = self.listen.tls.as_ref().map(|tls| tls.address);
         let own = Listeners::new([self.listen.address, self.admin.address].into_iter().chain(tls));
-        pools::check(&self.pools, root, self.listen.address, &own, &self.node);
+        pools::check(&self.pools, root, self.listen.address, &own, &self.node, &self.kubernetes);
         routes::check(&self.routes, root, &self.pools, &self.bbr);
     }
 

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::{
     bbr::NamingError,
-    config::{Config, ErrorFormat, UnusablePool},
+    config::{Config, ErrorFormat, RefusedRoute, UnusablePool},
     http::{
         accept,
         body::BodyError,
@@ -47,6 +47,11 @@ pub enum Error {
     RequestTimeout(Duration),
     #[error("no route matches this request")]
     NoRoute,
+    /// The route answers with a redirect.
+    #[error("redirected to {}", String::from_utf8_lossy(.location.as_bytes()))]
+    Redirected { status: StatusCode, location: HeaderValue },
+    #[error("{0}")]
+    Route(RefusedRoute),
     #[error("{0}")]
     Pool(#[from] UnusablePool),
     #[error("the endpoint picker failed: {0}")]
@@ -95,10 +100,14 @@ impl Error {
             Self::Naming(error) => error.status(),
             Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
             Self::HeadTimeout(_) | Self::BodyTimeout(_) | Self::BodySlow(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::Pool(_) | Self::Picker(_) | Self::NoEndpoint(_) | Self::LocalFault { .. } => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::NoRoute | Self::Route(RefusedRoute::NoRoute) => StatusCode::NOT_FOUND,
+            Self::Redirected { status, .. } => *status,
+            Self::Route(RefusedRoute::Unsupported(_) | RefusedRoute::Backend(_)) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Route(RefusedRoute::Unread(_))
+            | Self::Pool(_)
+            | Self::Picker(_)
+            | Self::NoEndpoint(_)
+            | Self::LocalFault { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             Self::Stranger(_)
             | Self::Connect { .. }
@@ -126,7 +135,11 @@ impl Error {
             Self::HeadTimeout(_) => "head_timeout",
             Self::BodyTimeout(_) | Self::BodySlow(_) => "body_timeout",
             Self::RequestTimeout(_) => "request_timeout",
-            Self::NoRoute => "no_route",
+            Self::NoRoute | Self::Route(RefusedRoute::NoRoute) => "no_route",
+            Self::Redirected { .. } => "redirected",
+            Self::Route(RefusedRoute::Unread(_)) => "routes_unread",
+            Self::Route(RefusedRoute::Unsupported(_)) => "route_unsupported",
+            Self::Route(RefusedRoute::Backend(_)) => "backend_invalid",
             Self::Pool(UnusablePool::Unread(_)) => "pool_unread",
             Self::Pool(UnusablePool::Absent(_)) => "pool_absent",
             Self::Pool(UnusablePool::Invalid(..)) => "pool_invalid",
@@ -155,6 +168,9 @@ impl Error {
     /// Builds the whole answer.
     pub fn reply(&self, manner: &Manner<'_>) -> Reply {
         let (status, reason) = (self.status(), self.reason());
+        if let Self::Redirected { location, .. } = self {
+            return redirect(status, location, manner);
+        }
         let (content_type, body) = match manner.format {
             ErrorFormat::OpenAi if manner.anthropic => {
                 let error = serde_json::json!({ "type": anthropic_type(status), "message": self.to_string() });
@@ -184,6 +200,14 @@ impl Error {
         let reply = Reply { status, headers, body: Bytes::from(body) };
         if manner.grpc { reply.grpc(&self.to_string()) } else { reply }
     }
+}
+
+/// A redirect has no body.
+fn redirect(status: StatusCode, location: &HeaderValue, manner: &Manner<'_>) -> Reply {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::LOCATION, location.clone());
+    manner.mark(&mut headers);
+    Reply { status, headers, body: Bytes::new() }
 }
 
 /// How the agent's own answer to a request is formatted.

@@ -1,5 +1,5 @@
-//! What Kubernetes says about the pools with `inference_pool`, and how it is applied: the settings that an InferencePool determines
-//! become part of the configuration, its endpoints and the replicas of its EPP go where those of DNS names go.
+//! What Kubernetes says about pools and routes, and how it is applied: the settings that an InferencePool determines and the routes of
+//! a Gateway become part of the configuration, endpoints and the replicas of EPPs go where those of DNS names go.
 //!
 //! Takes facts that were already translated from API objects, so it is independent of Kubernetes' types.
 
@@ -8,11 +8,32 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, Picker, Pool, UnusablePool},
+    config::{
+        self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, Picker, Pool, RefusedRoute, Route, UnusablePool,
+    },
     endpoint::set::EndpointSource,
+    gateway::{self, KnownGateway},
     picker::replica::Replicas,
+    readiness::Gate,
     shared::Shared,
 };
+
+/// What is known from Kubernetes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Known {
+    pub pools: KnownPools,
+    /// The Gateway of `kubernetes.gateway`. None if it has not been read yet.
+    pub gateway: Option<KnownGateway>,
+}
+
+/// The gates that hold back readiness until the API server has answered.
+#[derive(Default)]
+#[cfg_attr(not(feature = "kubernetes"), allow(dead_code, reason = "only the discovery opens them"))]
+pub struct DiscoveryGates {
+    /// Of each InferencePool that the file names.
+    pub pools: Vec<Gate>,
+    pub gateway: Option<Gate>,
+}
 
 /// What is known about each InferencePool. One without an entry has not been read yet.
 pub type KnownPools = BTreeMap<InferencePoolRef, InferencePool>;
@@ -71,13 +92,71 @@ impl From<&PodPort> for config::ListedEndpoint {
     }
 }
 
-/// The configuration of the file with what is known about its InferencePools.
-pub fn merged(file: &Config, known: &KnownPools) -> Config {
+/// The configuration of the file with what is known from Kubernetes.
+pub fn merged(file: &Config, known: &Known) -> Config {
     let merged = |pool: &Pool| match &pool.inference_pool {
-        Some(named) => discovered(pool, named, known.get(named)),
+        Some(named) => discovered(pool, named, known.pools.get(named)),
         None => pool.clone(),
     };
-    Config { pools: file.pools.iter().map(merged).collect(), ..file.clone() }
+    let mut pools: Vec<Pool> = file.pools.iter().filter(|pool| pool.inference_pools.is_none()).map(merged).collect();
+    let mut routes = file.routes.clone();
+    match (&file.kubernetes.gateway, &known.gateway) {
+        (None, _) => {}
+        (Some(named), None) => routes.push(gateway::rest(RefusedRoute::Unread(named.to_string()))),
+        (Some(_), Some(gateway)) => {
+            let names = add_pools(file, &mut pools, &gateway.meaning.pools, &known.pools);
+            routes.extend(gateway.meaning.routes.iter().map(|route| with_names(route, &names)));
+        }
+    }
+    Config { pools, routes, ..file.clone() }
+}
+
+/// Adds the pools to which HTTPRoutes refer and that the file does not name. Returns, by the names that the routes use, the pool or
+/// why there is none.
+fn add_pools(
+    file: &Config,
+    pools: &mut Vec<Pool>,
+    referred: &[InferencePoolRef],
+    known: &KnownPools,
+) -> BTreeMap<String, Result<String, RefusedRoute>> {
+    let section = file.pools.iter().find(|pool| pool.inference_pools.is_some()).cloned().unwrap_or_default();
+    let mut names = BTreeMap::new();
+    for named in referred {
+        let found = match known.get(named) {
+            Some(InferencePool::Absent) => {
+                Err(RefusedRoute::Backend(format!("refers to the InferencePool {named}, which does not exist")))
+            }
+            pool => Ok(match pools.iter().find(|pool| pool.inference_pool.as_ref() == Some(named)) {
+                Some(of_file) => of_file.name.clone(),
+                None => {
+                    let mut name = gateway::pool_name(named);
+                    while pools.iter().any(|other| other.name == name) {
+                        name.push_str("/discovered");
+                    }
+                    let inference_pool = Some(named.clone());
+                    let settings =
+                        Pool { name: name.clone(), inference_pool, inference_pools: None, ..section.clone() };
+                    pools.push(discovered(&settings, named, pool));
+                    name
+                }
+            }),
+        };
+        names.insert(gateway::pool_name(named), found);
+    }
+    names
+}
+
+/// The route with the names of the pools in this configuration.
+fn with_names(route: &Route, names: &BTreeMap<String, Result<String, RefusedRoute>>) -> Route {
+    let mut route = route.clone();
+    for share in route.pools.iter_mut().filter(|share| share.refused.is_none()) {
+        match names.get(&share.name) {
+            Some(Ok(name)) => share.name.clone_from(name),
+            Some(Err(why)) => share.refused = Some(why.clone()),
+            None => {}
+        }
+    }
+    route
 }
 
 fn discovered(pool: &Pool, named: &InferencePoolRef, known: Option<&InferencePool>) -> Pool {
@@ -149,11 +228,11 @@ pub fn fill_retired(shared: &Shared, retired: &[Arc<Replicas>], known: &KnownPoo
 }
 
 /// The configuration as if the file had listed the endpoints and the replicas, without pools that are not usable.
-pub fn spelled_out(file: &Config, known: &KnownPools) -> Config {
+pub fn spelled_out(file: &Config, known: &Known) -> Config {
     let mut config = merged(file, known);
     config.pools.retain(|pool| pool.unusable.is_none());
     for pool in &mut config.pools {
-        let Some(InferencePool::Usable(usable)) = pool.inference_pool.as_ref().and_then(|named| known.get(named))
+        let Some(InferencePool::Usable(usable)) = pool.inference_pool.as_ref().and_then(|named| known.pools.get(named))
         else {
             continue;
         };
@@ -168,12 +247,21 @@ pub fn spelled_out(file: &Config, known: &KnownPools) -> Config {
     config
 }
 
-/// The InferencePools of a configuration, each once.
-pub fn named(config: &Config) -> Vec<InferencePoolRef> {
-    let mut named: Vec<_> = config.pools.iter().filter_map(|pool| pool.inference_pool.clone()).collect();
+/// The InferencePools that the file names, each once.
+pub fn named(file: &Config) -> Vec<InferencePoolRef> {
+    let mut named: Vec<_> = file.pools.iter().filter_map(|pool| pool.inference_pool.clone()).collect();
     named.sort();
     named.dedup();
     named
+}
+
+/// The InferencePools that the file names, and those to which HTTPRoutes refer, each once.
+pub fn used(file: &Config, gateway: Option<&KnownGateway>) -> Vec<InferencePoolRef> {
+    let mut used = named(file);
+    used.extend(gateway.into_iter().flat_map(|gateway| gateway.meaning.pools.iter().cloned()));
+    used.sort();
+    used.dedup();
+    used
 }
 
 #[cfg(test)]
@@ -201,8 +289,9 @@ mod tests {
         }
     }
 
-    fn known(pool: &InferencePool) -> KnownPools {
-        named(&file("")).into_iter().map(|named| (named, pool.clone())).collect()
+    fn known(pool: &InferencePool) -> Known {
+        let pools = named(&file("")).into_iter().map(|named| (named, pool.clone())).collect();
+        Known { pools, gateway: None }
     }
 
     fn only(config: &Config) -> &Pool {
@@ -210,10 +299,10 @@ mod tests {
     }
 
     #[test]
-    fn unall_knownabsent_and_invalid_pools_are_unusable() {
+    fn unread_absent_and_invalid_pools_are_unusable() {
         let (file, named) = (file(""), named(&file("")).remove(0));
-        let of = |known: &KnownPools| only(&merged(&file, known)).unusable.clone();
-        assert_eq!(of(&KnownPools::new()), Some(UnusablePool::Unread(named.clone())));
+        let of = |known: &Known| only(&merged(&file, known)).unusable.clone();
+        assert_eq!(of(&Known::default()), Some(UnusablePool::Unread(named.clone())));
         assert_eq!(of(&known(&InferencePool::Absent)), Some(UnusablePool::Absent(named.clone())));
         let invalid = known(&InferencePool::Invalid("no port".into()));
         assert_eq!(of(&invalid), Some(UnusablePool::Invalid(named, "no port".into())));
@@ -249,7 +338,7 @@ mod tests {
         let all_known = known(&InferencePool::Usable(usable(Some("epp.n.svc:9002"))));
         let config = merged(&file(""), &all_known);
         let shared = Shared::new(config.clone(), Metrics::new(&["a".to_owned()]), None).unwrap();
-        fill(&shared, &all_known);
+        fill(&shared, &all_known.pools);
         let endpoints = |shared: &Shared| shared.endpoints[0].snapshot().endpoints().len();
         assert_eq!((endpoints(&shared), shared.endpoints[0].snapshot().ready().count()), (2, 1));
         let replicas = Arc::clone(shared.replicas[0].as_ref().unwrap());
@@ -258,12 +347,12 @@ mod tests {
         // A change of the endpoints alone keeps the replica, and with it the connections to it.
         let shared =
             shared.after(Config { limits: config::Limits { body_bytes: 1, ..config.limits }, ..config }).unwrap();
-        fill(&shared, &all_known);
+        fill(&shared, &all_known.pools);
         let kept = shared.replicas[0].as_ref().unwrap().snapshot().replicas[0].clone();
         assert!(Arc::ptr_eq(&kept, &first) && endpoints(&shared) == 2);
         let absent = known(&InferencePool::Absent);
         let shared = shared.after(merged(&file(""), &absent)).unwrap();
-        fill(&shared, &absent);
+        fill(&shared, &absent.pools);
         assert_eq!(endpoints(&shared), 0);
     }
 }

@@ -39,6 +39,8 @@ mod selftest;
 mod ladder;
 mod error;
 mod shared;
+#[cfg_attr(not(feature = "kubernetes"), allow(dead_code, reason = "only the discovery finds a Gateway"))]
+mod gateway;
 mod inference_pools;
 mod room;
 mod worker;

@@ -16,7 +16,8 @@ use crate::{
     control::{self, Control},
     dns::DnsResolver,
     endpoint::discovery::Discovery,
-    inference_pools::{self, InferencePool, KnownPools},
+    gateway::KnownGateway,
+    inference_pools::{self, InferencePool, Known, KnownPools},
     panics::PanicWatch,
     picker::{
         replica::Replicas,
@@ -40,7 +41,7 @@ pub struct Live {
 /// What the configuration is made from, and what runs under it.
 struct LiveParts {
     file: Config,
-    known: KnownPools,
+    known: Known,
     background: Option<BackgroundTasks>,
     /// The EPPs of previous configurations, which requests that began under them may still ask.
     retired: Vec<Weak<Replicas>>,
@@ -58,12 +59,12 @@ impl Live {
     pub fn start(
         shared: Arc<Shared>,
         file: Config,
-        known: KnownPools,
+        known: Known,
         certificate: Option<Arc<Certificate>>,
         readiness: &Readiness,
         watch: &PanicWatch,
     ) -> Result<Arc<Self>> {
-        inference_pools::fill(&shared, &known);
+        inference_pools::fill(&shared, &known.pools);
         let background = start_background(&shared, &[], certificate.as_ref(), Some(readiness), watch)?;
         let parts = Mutex::new(LiveParts { file, known, background: Some(background), retired: Vec::new() });
         Ok(Arc::new(Self { shared: watch::Sender::new(shared), certificate, watch: watch.clone(), parts }))
@@ -83,9 +84,9 @@ impl Live {
         self.parts.lock().file.clone()
     }
 
-    /// What is known about the InferencePools of the configuration.
+    /// What is known from Kubernetes.
     #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
-    pub fn known(&self) -> KnownPools {
+    pub fn known(&self) -> Known {
         self.parts.lock().known.clone()
     }
 
@@ -103,9 +104,10 @@ impl Live {
         if !fixed.is_empty() {
             return Err(ReloadError::NeedsRestart(fixed));
         }
-        let named = inference_pools::named(&file);
-        let known: KnownPools = parts.known.clone().into_iter().filter(|(pool, _)| named.contains(pool)).collect();
-        self.put(parts, inference_pools::merged(&file, &known), &known)?;
+        let Known { pools, gateway } = parts.known.clone();
+        let used = inference_pools::used(&file, gateway.as_ref());
+        let known = Known { pools: pools.into_iter().filter(|(pool, _)| used.contains(pool)).collect(), gateway };
+        self.put(parts, inference_pools::merged(&file, &known), &known.pools)?;
         (parts.file, parts.known) = (file, known);
         Ok(())
     }
@@ -114,18 +116,35 @@ impl Live {
     #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
     pub fn discovered(&self, named: &InferencePoolRef, pool: InferencePool) -> Result<(), ReloadError> {
         let mut parts = self.parts.lock();
-        if parts.known.get(named) == Some(&pool) || !inference_pools::named(&parts.file).contains(named) {
+        let is_used = inference_pools::used(&parts.file, parts.known.gateway.as_ref()).contains(named);
+        if parts.known.pools.get(named) == Some(&pool) || !is_used {
             return Ok(());
         }
         let mut known = parts.known.clone();
-        known.insert(named.clone(), pool);
+        known.pools.insert(named.clone(), pool);
+        self.learned(&mut parts, known)
+    }
+
+    /// Applies what Kubernetes says about the Gateway, with the pools to which its routes refer, as far as they are known.
+    #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
+    pub fn routes_discovered(&self, gateway: KnownGateway, pools: &KnownPools) -> Result<(), ReloadError> {
+        let mut parts = self.parts.lock();
+        let used = inference_pools::used(&parts.file, Some(&gateway));
+        let mut known = parts.known.clone();
+        known.pools.extend(pools.clone());
+        known.pools.retain(|pool, _| used.contains(pool));
+        known.gateway = Some(gateway);
+        self.learned(&mut parts, known)
+    }
+
+    fn learned(&self, parts: &mut LiveParts, known: Known) -> Result<(), ReloadError> {
         let config = inference_pools::merged(&parts.file, &known);
         let shared = self.shared();
         if config == shared.config {
-            inference_pools::fill(&shared, &known);
-            inference_pools::fill_retired(&shared, &in_use(&parts.retired), &known);
+            inference_pools::fill(&shared, &known.pools);
+            inference_pools::fill_retired(&shared, &in_use(&parts.retired), &known.pools);
         } else {
-            let outcome = self.put(&mut parts, config, &known);
+            let outcome = self.put(parts, config, &known.pools);
             shared.metrics.reloaded(if outcome.is_ok() { "discovered" } else { "refused" });
             outcome?;
         }

@@ -1,13 +1,12 @@
-//! Takes the place of `kubernetes` in a build without that feature, whose configuration accepts no `inference_pool`.
+//! Takes the place of `kubernetes` in a build without that feature, whose configuration accepts neither `inference_pool` nor `kubernetes.gateway`.
 
 use std::sync::Arc;
 
 use crate::{
     config::{Config, InferencePoolRef},
-    inference_pools::KnownPools,
+    inference_pools::{DiscoveryGates, Known},
     live::Live,
     panics::PanicWatch,
-    readiness::Gate,
     tried::Trial,
 };
 
@@ -15,7 +14,7 @@ use crate::{
 pub enum KubernetesDiscovery {}
 
 impl KubernetesDiscovery {
-    pub fn start(_: &Arc<Live>, _: Vec<InferencePoolRef>, _: Vec<Gate>, _: &PanicWatch) -> anyhow::Result<Self> {
+    pub fn start(_: &Arc<Live>, _: Vec<InferencePoolRef>, _: DiscoveryGates, _: &PanicWatch) -> anyhow::Result<Self> {
         anyhow::bail!("this build of penstock lacks the feature kubernetes")
     }
 
@@ -25,11 +24,11 @@ impl KubernetesDiscovery {
 }
 
 /// Nothing is known.
-pub fn last_known(_: &Config) -> KnownPools {
-    KnownPools::new()
+pub fn last_known(_: &Config) -> Known {
+    Known::default()
 }
 
 /// There is nothing to try.
-pub async fn try_pools(_: &Config) -> (KnownPools, Vec<Trial>) {
-    (KnownPools::new(), Vec::new())
+pub async fn try_pools(_: &Config) -> (Known, Vec<Trial>) {
+    (Known::default(), Vec::new())
 }

@@ -38,7 +38,11 @@ use self::{
 use crate::{
     client::Client,
     error::{Error, Manner},
-    http::{head::elements, headers, request::RequestHead},
+    http::{
+        head::elements,
+        headers,
+        request::{RequestBody, RequestHead},
+    },
     route::RequestTimeouts,
     upload::Upload,
     worker::Worker,
@@ -102,6 +106,7 @@ async fn run(
     let upgrade = head.upgrade.and_then(|wanted| allowed_of(&wanted, &config.listen.upgrades));
     let mut request = Request::new(head.parts, head.keep_alive, origin, RequestTimeouts::from(&config.timeouts));
     request.upgrade = upgrade;
+    let has_body = !matches!(head.body, RequestBody::None);
     let received = {
         let receive = receive(worker, client, &mut request, head.body, head.expect_continue);
         unless_stopped(worker, Box::pin(receive)).await
@@ -110,17 +115,20 @@ async fn run(
     let mut upload = match received {
         Ok(upload) => upload,
         Err(error) => {
+            request.restore_sent_target();
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
-            client.set_unread(true);
-            let answered = send_error(client, &request.parts.method, &manner, &error, false).await;
+            let redirected = matches!(error, Error::Redirected { .. });
+            let keep_alive = redirected && !has_body && request.keeps_alive(worker);
+            client.set_unread(!keep_alive);
+            let answered = send_error(client, &request.parts.method, &manner, &error, keep_alive).await;
             request.record.finish_unrouted(worker, &error);
-            return close_after(answered);
+            return if keep_alive && answered { AfterRequest::Next } else { close_after(answered) };
         }
     };
     let active = worker.shared.metrics.pool(request.pool).active_request();
     let result = pick_and_respond(worker, client, &mut request, &mut upload, lease).await;
     drop(active);
-    request.restore_target();
+    request.restore_sent_target();
     client.set_unread(!upload.is_done());
     let after = match result {
         Ok(after) => {
@@ -208,5 +216,7 @@ async fn pick_and_dispatch(
         PickOutcome::Reply(reply) => return Ok(Dispatched::Reply(reply)),
     };
     *picking = false;
+    request.begin_dispatch();
+    let deadline = request.deadline;
     repick::dispatch(worker, client, request, upload, picked, lease, deadline).await
 }

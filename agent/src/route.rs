@@ -1,9 +1,10 @@
-//! Selects a pool and the timeouts for a request, from its head and the model that its body names.
+//! Selects a pool, the timeouts and the changes for a request, from its head and the model that its body names.
 //!
 //! The first configured route of which all conditions hold wins; without routes, the first pool. The model is read from headers
 //! that only the agent sets. Routing allocates nothing, and matches the path as it was sent (neither decoded nor normalised),
-//! because the endpoint gets it as it was sent.
+//! because the endpoint gets it as it was sent, unless the route rewrites it.
 
+mod change;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -11,7 +12,11 @@ mod timeouts;
 
 use http::{HeaderMap, HeaderName, Method, header, request};
 
-use crate::config::{self, Config, HeaderCondition, HostPattern, ModelPattern, PathPattern, TimeoutOverrides};
+use crate::config::{
+    self, Config, HeaderCondition, HostPattern, ModelPattern, PathPattern, QueryCondition, RefusedRoute,
+    TimeoutOverrides,
+};
+pub use change::{RedirectTo, RouteChanges, TargetTooLong};
 use split::Split;
 pub use timeouts::RequestTimeouts;
 
@@ -23,18 +28,23 @@ pub struct Router {
     timeouts: Vec<RequestTimeouts>,
 }
 
-/// The pool and timeouts that a route gives to one request.
+/// What a route gives to one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Routed {
+pub struct Routed<'r> {
     /// The pool's index in the configuration.
     pub pool: usize,
     pub timeouts: RequestTimeouts,
+    /// `None` if the route changes nothing.
+    pub changes: Option<&'r RouteChanges>,
 }
 
-/// No route matches the request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("no route matches the request")]
-pub struct NoRoute;
+/// Why a request goes to no pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotRouted<'r> {
+    NoRoute,
+    Refused(&'r RefusedRoute),
+    Redirected(&'r RedirectTo),
+}
 
 #[derive(Debug, Clone)]
 struct CompiledRoute {
@@ -42,10 +52,19 @@ struct CompiledRoute {
     path: Option<PathPattern>,
     methods: Vec<Method>,
     headers: Vec<HeaderCondition>,
+    query: Vec<QueryCondition>,
     /// Conditions that need the body.
     body_conditions: Vec<BodyCondition>,
-    pools: Split,
+    target: RouteTarget,
     timeouts: TimeoutOverrides,
+}
+
+/// What happens to requests of a route.
+#[derive(Debug, Clone)]
+enum RouteTarget {
+    Pools(Split, Option<RouteChanges>),
+    Refused(RefusedRoute),
+    Redirect(RedirectTo),
 }
 
 /// A condition on a header that is set from the body: the model's or the base model's name.
@@ -76,15 +95,23 @@ impl Router {
     /// The timeouts that apply while the body is read for routing: those of the first route that may match, with its first pool.
     pub fn body_timeouts(&self, request: &request::Parts) -> Option<RequestTimeouts> {
         let may_win = self.routes.iter().find(|route| route.head_matches(request))?;
-        Some(self.timeouts.get(may_win.pools.draw(|_| 0)?)?.with(&may_win.timeouts))
+        let RouteTarget::Pools(split, _) = &may_win.target else { return None };
+        Some(self.timeouts.get(split.draw(|_| 0).ok()?)?.with(&may_win.timeouts))
     }
 
     /// Routes the request. If the route has several pools, `roll` returns a uniformly distributed number below its argument.
-    pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<Routed, NoRoute> {
+    pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<Routed<'_>, NotRouted<'_>> {
         let holds = |route: &&CompiledRoute| route.head_matches(request) && route.body_matches(&request.headers);
-        let route = self.routes.iter().find(holds).ok_or(NoRoute)?;
-        let pool = route.pools.draw(roll).ok_or(NoRoute)?;
-        Ok(Routed { pool, timeouts: self.timeouts[pool].with(&route.timeouts) })
+        let route = self.routes.iter().find(holds).ok_or(NotRouted::NoRoute)?;
+        match &route.target {
+            RouteTarget::Pools(split, changes) => {
+                let pool = split.draw(roll)?;
+                let timeouts = self.timeouts[pool].with(&route.timeouts);
+                Ok(Routed { pool, timeouts, changes: changes.as_ref() })
+            }
+            RouteTarget::Refused(why) => Err(NotRouted::Refused(why)),
+            RouteTarget::Redirect(to) => Err(NotRouted::Redirected(to)),
+        }
     }
 }
 
@@ -102,7 +129,8 @@ impl CompiledRoute {
             methods: route.methods.clone(),
             headers: route.headers.iter().filter(|condition| !is_named(condition)).cloned().collect(),
             body_conditions: given.chain(route.headers.iter().filter(is_named).map(BodyCondition::from)).collect(),
-            pools: Split::new(&route.pools, config),
+            query: route.query.clone(),
+            target: RouteTarget::new(route, config),
             timeouts: route.timeouts,
         }
     }
@@ -113,6 +141,7 @@ impl CompiledRoute {
             && self.path.as_ref().is_none_or(|path| path.matches(request.uri.path()))
             && (self.methods.is_empty() || self.methods.contains(&request.method))
             && self.headers.iter().all(|condition| condition.holds(&request.headers))
+            && self.query.iter().all(|condition| condition.holds(request.uri.query().unwrap_or_default()))
     }
 
     fn host_matches(&self, headers: &HeaderMap) -> bool {
@@ -128,6 +157,16 @@ impl CompiledRoute {
             let name = headers.get(&condition.header).map(http::HeaderValue::as_bytes);
             name.is_some_and(|name| condition.any_of.iter().any(|pattern| pattern.matches(name)))
         })
+    }
+}
+
+impl RouteTarget {
+    fn new(route: &config::Route, config: &Config) -> Self {
+        match (&route.refused, RedirectTo::of(route)) {
+            (Some(why), _) => Self::Refused(why.clone()),
+            (None, Some(to)) => Self::Redirect(to),
+            (None, None) => Self::Pools(Split::new(&route.pools, config), RouteChanges::of(route)),
+        }
     }
 }
 
@@ -168,6 +207,14 @@ impl HeaderCondition {
             Some(value) => headers.get_all(&self.name).iter().any(|line| line == value.as_str()),
             None => headers.contains_key(&self.name),
         }
+    }
+}
+
+impl QueryCondition {
+    fn holds(&self, query: &str) -> bool {
+        let mut parameters = form_urlencoded::parse(query.as_bytes());
+        let found = parameters.find(|(name, _)| *name == self.name);
+        found.is_some_and(|(_, found)| self.value.as_ref().is_none_or(|value| found == *value))
     }
 }
 

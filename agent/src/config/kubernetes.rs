@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     document::Section,
-    settings::{choice, settings},
+    settings::{choice, optional_section, settings},
     value::{self, Value, duration, duration_or_off, string},
 };
 
@@ -23,11 +23,42 @@ settings! {
         /// How long `/readyz` waits after the start for the API server, if `state_dir` has the last known state of the pool. After
         /// that the agent counts as ready with that state. A pool without a known state always waits.
         pub start_wait: Option<Duration> = Some(Duration::from_secs(10)) => duration_or_off(),
+        /// The Gateway whose HTTPRoutes become routes, if the section is present. They come after `[[routes]]`, and a request that
+        /// neither takes gets 404.
+        pub gateway: Option<GatewayRef> = None => optional_section(),
         /// How long changes are collected, to be applied together.
         pub coalesce: Duration = Duration::from_millis(100) => duration(),
         /// How long one watch request lasts, in whole seconds. A watch whose connection died without a sign is noticed five seconds
         /// later.
         pub watch_timeout: Duration = Duration::from_secs(120) => duration(),
+    }
+}
+
+settings! {
+    /// A Gateway of the Gateway API.
+    pub struct GatewayRef {
+        /// Namespace of the Gateway.
+        pub namespace: String = String::new() => object_name().required("the namespace of the Gateway", "infra"),
+        /// Name of the Gateway.
+        pub name: String = String::new() => object_name().required("the name of the Gateway", "inference"),
+        /// Port of the listeners that this agent serves. Unset: that of the first HTTP listener.
+        pub port: Option<u16> = None => value::integer(1..=u16::MAX).optional(80),
+    }
+}
+
+settings! {
+    /// The InferencePools that have the settings of this section. Each becomes a pool with the name `NAMESPACE/NAME`.
+    pub struct InferencePools {
+        /// Which InferencePools these are.
+        pub from: PoolSource = PoolSource::Gateway => value::choice(),
+    }
+}
+
+choice! {
+    /// Which InferencePools have the settings of a section.
+    pub enum PoolSource {
+        /// Those to which the HTTPRoutes of `kubernetes.gateway` refer, and that no other section of the file names.
+        Gateway = "gateway",
     }
 }
 
@@ -61,6 +92,12 @@ impl fmt::Display for InferencePoolRef {
     }
 }
 
+impl fmt::Display for GatewayRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
 /// The name of a namespace or an object, which becomes a part of paths.
 fn object_name() -> Value<String> {
     let is_allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-.".contains(&byte);
@@ -72,6 +109,13 @@ fn object_name() -> Value<String> {
 }
 
 impl Kubernetes {
+    pub(super) fn check(&self, section: &Section<'_>) {
+        if cfg!(not(feature = "kubernetes")) && self.gateway.is_some() {
+            let found = "a setting of the feature `kubernetes`, which this build lacks";
+            section.reject("gateway", found, "a build with that feature");
+        }
+    }
+
     pub(super) fn check_files(&self, section: &Section<'_>) {
         if let Some(file) = &self.kubeconfig
             && let Err(error) = std::fs::File::open(file)

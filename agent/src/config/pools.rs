@@ -12,7 +12,7 @@ use super::{
     ejection::Ejection,
     endpoints,
     health::HealthCheck,
-    kubernetes::InferencePoolRef,
+    kubernetes::{InferencePoolRef, InferencePools, Kubernetes},
     node::Node,
     passthrough::{Passthrough, passthrough},
     picker::{self, Picker},
@@ -47,6 +47,9 @@ settings! {
         /// `endpoints_dns`, `endpoints_file`, `ports`, `app_protocol`, `tls`, `failure_mode` and `picker.address`, which the
         /// InferencePool determines. See docs/kubernetes.md.
         pub inference_pool: Option<InferencePoolRef> = None => optional_section(),
+        /// The InferencePools that have the settings of this section, if it is present. The section is then no pool itself. Excludes
+        /// the same settings as `inference_pool`.
+        pub inference_pools: Option<InferencePools> = None => optional_section(),
         /// Why requests of an InferencePool cannot be served. Not a setting: what Kubernetes says.
         pub unusable: Option<UnusablePool> = None => Elsewhere(|_| None),
         /// Protocol of the endpoints, as `appProtocol` of InferencePool v1.
@@ -54,7 +57,8 @@ settings! {
         /// TLS to the endpoints. Required with `app_protocol = "https"`, and for nothing else.
         pub tls: Option<PoolTls> = None => optional_section(),
         /// How long a pick is used. `connection` and `lease` apply only to HTTP/1.1 clients and endpoints, and only if the EPP
-        /// changes nothing in the request except its destination and its trace context.
+        /// changes nothing in the request except its destination and its trace context; `connection` only if the route changes
+        /// nothing either.
         pub pick_per: PickPer = PickPer::Request => value::choice(),
         /// With `pick_per = "connection"`: limits of a pinned connection.
         pub pin: PinLimits = PinLimits::default() => section(),
@@ -174,8 +178,8 @@ impl Pool {
     fn check(&self, section: &Section<'_>, listen: SocketAddr, own: &Listeners, node: &Node) {
         endpoints::check_listed(section, &self.ports, listen);
         self.check_own(section, own);
-        if self.inference_pool.is_some() {
-            check_discovered(section);
+        if let Some(key) = self.discovered_by() {
+            check_discovered(section, key);
         } else {
             self.check_endpoints(section);
             self.check_failure_mode(section);
@@ -190,10 +194,16 @@ impl Pool {
             }
             None => {}
         }
-        self.picker.check(&section.at("picker"), self.inference_pool.is_some());
+        self.picker.check(&section.at("picker"), self.discovered_by().is_some());
         self.subset.check(&section.at("subset"), node);
         self.check_subset(&section.at("subset"));
         self.ejection.check(&section.at("ejection"));
+    }
+
+    /// The setting by which Kubernetes determines the pool, if one does.
+    fn discovered_by(&self) -> Option<&'static str> {
+        let one = self.inference_pool.is_some().then_some("inference_pool");
+        one.or(self.inference_pools.is_some().then_some("inference_pools"))
     }
 
     fn check_endpoints(&self, section: &Section<'_>) {
@@ -258,26 +268,41 @@ impl Pool {
 }
 
 /// Rejects settings that the InferencePool determines.
-fn check_discovered(section: &Section<'_>) {
+fn check_discovered(section: &Section<'_>, by: &str) {
     if cfg!(not(feature = "kubernetes")) {
         let found = "a setting of the feature `kubernetes`, which this build lacks";
-        section.reject("inference_pool", found, "a build with that feature");
+        section.reject(by, found, "a build with that feature");
+    }
+    if section.has("inference_pool") && section.has("inference_pools") {
+        section.reject("inference_pools", "both inference_pool and inference_pools", "one of them");
     }
     for key in ["endpoints", "endpoints_dns", "endpoints_file", "ports", "app_protocol", "tls", "failure_mode"] {
         if section.has(key) {
-            section.reject(key, "a setting that the InferencePool determines", "inference_pool alone");
+            section.reject(key, "a setting that the InferencePool determines", format_args!("{by} alone"));
         }
     }
 }
 
-pub(super) fn check(pools: &[Pool], root: &Section<'_>, listen: SocketAddr, own: &Listeners, node: &Node) {
+pub(super) fn check(
+    pools: &[Pool],
+    root: &Section<'_>,
+    listen: SocketAddr,
+    own: &Listeners,
+    node: &Node,
+    kubernetes: &Kubernetes,
+) {
     for (index, (pool, section)) in pools.iter().zip(root.each("pools")).enumerate() {
         pool.check(&section, listen, own, node);
         if pools[..index].iter().any(|other| other.name == pool.name) {
             section.reject("name", format_args!("{:?} again", pool.name), "a name that no other pool has");
         }
+        if pool.inference_pools.is_some() && kubernetes.gateway.is_none() {
+            section.reject("inference_pools", "no Gateway to take them from", "kubernetes.gateway");
+        } else if pool.inference_pools.is_some() && pools[..index].iter().any(|other| other.inference_pools.is_some()) {
+            section.reject("inference_pools", "a second section for the same InferencePools", "one section");
+        }
     }
-    if pools.is_empty() {
+    if pools.is_empty() && kubernetes.gateway.is_none() {
         root.reject("pools", "none", "at least one [[pools]] section");
     }
 }

@@ -2,12 +2,14 @@
 
 use http::{HeaderName, HeaderValue, Method};
 use serde_json::json;
+use thiserror::Error;
 
 use super::{
     bbr::Bbr,
+    changes::{self, FieldChanges, Redirect, Rewrite},
     document::Section,
     pools::Pool,
-    settings::{Group, keys, section, settings, tables},
+    settings::{Elsewhere, Group, keys, optional_section, section, settings, tables},
     timeouts::TimeoutOverrides,
     value::{self, Value, integer},
 };
@@ -31,6 +33,11 @@ settings! {
         pub headers: Vec<HeaderCondition> = Vec::new()
             => tables(r#"an array of { name = "x-team", value = "red" }, value optional"#)
                 .example(json!([{ "name": "x-team", "value": "red" }, { "name": "x-beta" }])),
+        /// Parameters of the query that must all match, decoded. Of a repeated parameter the first one counts. Without `value`, the
+        /// parameter must be present.
+        pub query: Vec<QueryCondition> = Vec::new()
+            => tables(r#"an array of { name = "beta", value = "1" }, value optional"#)
+                .example(json!([{ "name": "beta", "value": "1" }])),
         /// Model that the request body names. `llama-*` matches every model that begins with `llama-`, `*` matches any model.
         pub models: Vec<ModelPattern> = Vec::new() => model().one_or_more().named("model").example("llama-3.1-8b"),
         /// Base model of the request's model. It must occur in `bbr.base_models`.
@@ -40,7 +47,33 @@ settings! {
         pub pools: Vec<WeightedPool> = Vec::new() => keys::<PoolKeys>(),
         /// Timeouts of requests of this route. Unset keys use those of the pool.
         pub timeouts: TimeoutOverrides = TimeoutOverrides::default() => section(),
+        /// Header fields of a request that the route changes, after the client's fields were filtered and before the EPP is asked.
+        pub request_headers: FieldChanges = FieldChanges::default() => section(),
+        /// The target that the endpoint gets instead of the client's. The EPP gets it, too; the access log names the client's.
+        pub rewrite: Option<Rewrite> = None => optional_section(),
+        /// Answers requests of the route with a redirect instead of forwarding them. Excludes `pool`, `pools`, `rewrite` and
+        /// `request_headers`.
+        pub redirect: Option<Redirect> = None => optional_section(),
+        /// Why requests of this route are refused. Not a setting: what is wrong with an HTTPRoute.
+        pub refused: Option<RefusedRoute> = None => Elsewhere(|_| None),
     }
+}
+
+/// Why requests of a route, or of a share of it, are refused.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum RefusedRoute {
+    /// As if the route did not match, but no later route is tried either.
+    #[error("no route matches this request")]
+    NoRoute,
+    /// The API server has not told the routes so far.
+    #[error("the HTTPRoutes of the Gateway {0} have not been read from the Kubernetes API yet")]
+    Unread(String),
+    /// Part of the route is not implemented.
+    #[error("the HTTPRoute {0}")]
+    Unsupported(String),
+    /// A reference leads to no pool.
+    #[error("the HTTPRoute {0}")]
+    Backend(String),
 }
 
 /// A host without port. Case-insensitive.
@@ -82,6 +115,16 @@ settings! {
     }
 }
 
+settings! {
+    /// A condition on a parameter of the query.
+    pub struct QueryCondition {
+        /// Name of the parameter, case-sensitive.
+        pub name: String = String::new() => value::non_empty().required("the name of a parameter", "beta"),
+        /// Its value, case-sensitive. Unset: the parameter must be present.
+        pub value: Option<String> = None => value::string("a string", |_| true).optional("1"),
+    }
+}
+
 /// A condition on the model that the request names. Case-sensitive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelPattern {
@@ -98,6 +141,8 @@ settings! {
         pub name: String = String::new() => value::pool_name().required("the name of a pool", "default"),
         /// Share of the sum of the weights. 0: the pool gets no requests.
         pub weight: u32 = 1 => integer(0..=MAX_WEIGHT),
+        /// Why requests of this share are refused. Not a setting: what is wrong with a reference of an HTTPRoute.
+        pub refused: Option<RefusedRoute> = None => Elsewhere(|_| None),
     }
 }
 
@@ -184,6 +229,7 @@ impl Group for PoolKeys {
 
     fn resolve(self, section: &Section<'_>) -> Vec<WeightedPool> {
         match (self.pool, section.has("pools")) {
+            (None, false) if section.has("redirect") => {}
             (None, false) => section.reject("pool", "nothing", "the name of a pool, or pools"),
             (Some(_), true) => section.reject("pool", "both pool and pools", "one of them"),
             (Some(name), false) => return vec![WeightedPool::new(name, 1)],
@@ -205,10 +251,21 @@ impl Route {
     fn check(&self, section: &Section<'_>, pools: &[Pool], bbr: &Bbr) {
         self.check_pools(section, pools);
         self.check_models(section, bbr);
+        let path = self.path.as_ref();
+        if let Some(rewrite) = &self.rewrite {
+            changes::check(rewrite.path.as_ref(), path, &section.at("rewrite"));
+        }
+        if let Some(redirect) = &self.redirect {
+            changes::check(redirect.path.as_ref(), path, &section.at("redirect"));
+            for key in ["pool", "pools", "rewrite", "request_headers"].into_iter().filter(|key| section.has(key)) {
+                section.reject(key, "a setting of requests that are forwarded", "redirect alone");
+            }
+        }
     }
 
     fn check_pools(&self, section: &Section<'_>, pools: &[Pool]) {
-        let names: Vec<&str> = pools.iter().map(|pool| pool.name.as_str()).collect();
+        let is_pool = |pool: &&Pool| pool.inference_pools.is_none();
+        let names: Vec<&str> = pools.iter().filter(is_pool).map(|pool| pool.name.as_str()).collect();
         let one_of = format!("one of {}", names.join(", "));
         let of_pools = section.each("pools");
         for (index, share) in self.pools.iter().enumerate() {
@@ -241,6 +298,7 @@ impl Route {
             && self.path.as_ref().is_none_or(|path| later.path.as_ref().is_some_and(|later| path.covers(later)))
             && any_covers(&self.methods, &later.methods, PartialEq::eq)
             && self.headers.iter().all(|header| later.headers.iter().any(|later| header.covers(later)))
+            && self.query.iter().all(|query| later.query.iter().any(|later| query.covers(later)))
             && any_covers(&self.models, &later.models, ModelPattern::covers)
             && any_covers(&self.base_models, &later.base_models, PartialEq::eq)
     }
@@ -249,7 +307,7 @@ impl Route {
 impl WeightedPool {
     /// The pool with this name, with `weight` of the sum of a route's weights.
     pub fn new(name: impl Into<String>, weight: u32) -> Self {
-        Self { name: name.into(), weight }
+        Self { name: name.into(), weight, refused: None }
     }
 }
 
@@ -257,7 +315,7 @@ pub(super) fn check(routes: &[Route], root: &Section<'_>, pools: &[Pool], bbr: &
     for (index, (route, section)) in routes.iter().zip(root.each("routes")).enumerate() {
         route.check(&section, pools, bbr);
         if let Some(earlier) = routes[..index].iter().position(|earlier| earlier.covers(route)) {
-            let key = if section.has("pools") { "pools" } else { "pool" };
+            let key = ["redirect", "pools"].into_iter().find(|key| section.has(key)).unwrap_or("pool");
             let found = format_args!("an unreachable route: routes[{earlier}] matches all of its requests");
             section.reject(key, found, "the narrower route first");
         }
@@ -271,7 +329,8 @@ fn any_covers<T>(earlier: &[T], later: &[T], covers: impl Fn(&T, &T) -> bool) ->
 }
 
 impl HostPattern {
-    fn covers(&self, other: &Self) -> bool {
+    /// Whether this pattern matches every host that `other` matches.
+    pub fn covers(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Exact(host), Self::Exact(other)) => host == other,
             (Self::Exact(_), Self::Below(_)) => false,
@@ -294,6 +353,12 @@ impl PathPattern {
 }
 
 impl HeaderCondition {
+    fn covers(&self, other: &Self) -> bool {
+        self.name == other.name && (self.value.is_none() || self.value == other.value)
+    }
+}
+
+impl QueryCondition {
     fn covers(&self, other: &Self) -> bool {
         self.name == other.name && (self.value.is_none() || self.value == other.value)
     }

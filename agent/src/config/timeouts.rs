@@ -31,6 +31,9 @@ settings! {
         /// How long a whole request may take, from the first byte of its head to the last byte of the response. After it, the
         /// request is answered with 504, or the connection is reset if the response has begun.
         pub request: Option<Duration> = None => duration_or_off(),
+        /// How long the endpoints may take for a request, from its dispatch to the last byte of the response, all attempts together.
+        /// After it, the request ends as after `request`.
+        pub dispatch: Option<Duration> = None => duration_or_off(),
         /// How long an endpoint connection is kept idle for reuse. The default is below the 5s after which uvicorn closes it.
         pub endpoint_keep_alive: Duration = Duration::from_secs(4) => duration(),
         /// How long an endpoint's machine may acknowledge nothing, answer no keepalive probe, or accept no byte. After it, the
@@ -65,5 +68,7 @@ settings! {
         pub idle: Option<Option<Duration>> = None => duration_or_off().optional("5m"),
         /// Overrides `timeouts.request`.
         pub request: Option<Option<Duration>> = None => duration_or_off().optional("off"),
+        /// Overrides `timeouts.dispatch`.
+        pub dispatch: Option<Option<Duration>> = None => duration_or_off().optional("off"),
     }
 }

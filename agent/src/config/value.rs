@@ -472,6 +472,12 @@ pub(super) fn method(holds: fn(&Method) -> bool) -> Value<Method> {
 
 /// A header that the configuration may name: not one that frames the message or belongs to the connection.
 pub(super) fn header_name() -> Value<HeaderName> {
+    let parse = |text: &str| HeaderName::from_bytes(text.as_bytes()).ok().filter(may_be_changed);
+    Value::text("the name of a header that does not frame the message", parse, ToString::to_string)
+}
+
+/// Whether the header neither frames the message nor belongs to the connection.
+pub fn may_be_changed(name: &HeaderName) -> bool {
     const RESERVED: [HeaderName; 8] = [
         header::HOST,
         header::CONTENT_LENGTH,
@@ -482,6 +488,5 @@ pub(super) fn header_name() -> Value<HeaderName> {
         header::UPGRADE,
         header::EXPECT,
     ];
-    let parse = |text: &str| HeaderName::from_bytes(text.as_bytes()).ok().filter(|name| !RESERVED.contains(name));
-    Value::text("the name of a header that does not frame the message", parse, ToString::to_string)
+    !RESERVED.contains(name)
 }

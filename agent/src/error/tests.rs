@@ -181,6 +181,11 @@ fn every_error() -> Vec<Error> {
         Error::BodySlow(1),
         Error::RequestTimeout(second),
         Error::NoRoute,
+        Error::Redirected { status: StatusCode::FOUND, location: HeaderValue::from_static("/") },
+        Error::Route(RefusedRoute::NoRoute),
+        Error::Route(RefusedRoute::Unread(String::new())),
+        Error::Route(RefusedRoute::Unsupported(String::new())),
+        Error::Route(RefusedRoute::Backend(String::new())),
         Error::Pool(UnusablePool::Unread(InferencePoolRef::default())),
         Error::Pool(UnusablePool::Absent(InferencePoolRef::default())),
         Error::Pool(UnusablePool::Invalid(InferencePoolRef::default(), String::new())),
@@ -240,6 +245,7 @@ fn rows(title: &str) -> BTreeMap<String, String> {
 fn every_reason_is_documented_with_its_status() {
     let status = |error: &Error| match error {
         Error::Evicted(_) => "the EPP's".to_owned(),
+        Error::Redirected { .. } => "the route's".to_owned(),
         error => error.status().as_u16().to_string(),
     };
     let every: BTreeMap<String, String> =

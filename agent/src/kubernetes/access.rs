@@ -1,4 +1,4 @@
-//! Tries the access to the InferencePools of a configuration, for `penstock doctor`: which verb on which resource is not permitted,
+//! Tries the access to the InferencePools and the Gateway of a configuration, for `penstock doctor`: which verb on which resource is not permitted,
 //! and whether each pool can be read.
 
 use std::time::Duration;
@@ -11,11 +11,13 @@ use super::{
     client,
     failure::Failure,
     follow::Follower,
-    query::{ENDPOINT_SLICES, PODS, Query, SERVICES, pools},
+    gateway::GatewayFollower,
+    query::{ENDPOINT_SLICES, GATEWAYS, HTTP_ROUTES, NAMESPACES, PODS, Query, REFERENCE_GRANTS, SERVICES, pools},
 };
 use crate::{
-    config::{Config, InferencePoolRef},
-    inference_pools::{self, InferencePool, KnownPools},
+    config::{Config, GatewayRef, InferencePoolRef, RefusedRoute},
+    gateway::KnownGateway,
+    inference_pools::{self, InferencePool, Known},
     metrics::Metrics,
     tried::Trial,
 };
@@ -23,10 +25,14 @@ use crate::{
 /// How long one question to the API server may take, and how long reading a pool.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// Most refused rules of HTTPRoutes that are named.
+const MOST_REFUSED: usize = 16;
+
 /// Tries all of them. Returns what could be read.
-pub async fn try_pools(config: &Config) -> (KnownPools, Vec<Trial>) {
-    let (named, mut known, mut trials) = (inference_pools::named(config), KnownPools::new(), Vec::new());
-    if named.is_empty() {
+pub async fn try_pools(config: &Config) -> (Known, Vec<Trial>) {
+    let (mut known, mut trials) = (Known::default(), Vec::new());
+    let gateway = config.kubernetes.gateway.as_ref();
+    if inference_pools::named(config).is_empty() && gateway.is_none() {
         return (known, trials);
     }
     let client = match client::client(&config.kubernetes).await {
@@ -37,36 +43,100 @@ pub async fn try_pools(config: &Config) -> (KnownPools, Vec<Trial>) {
             return (known, trials);
         }
     };
-    for named in named {
-        let denied = denied(&client, &named).await;
-        trials.extend(denied.iter().cloned().map(|found| {
-            let advice = "grant the agent's ServiceAccount get, list and watch on it; see docs/kubernetes.md";
-            Trial::failed(format!("InferencePool {named}, access"), found, advice)
-        }));
-        if denied.is_empty() {
+    if let Some(named) = gateway {
+        known.gateway = try_gateway(config, &client, named, &mut trials).await;
+    }
+    for named in inference_pools::used(config, known.gateway.as_ref()) {
+        let queries = [pools(named.version), PODS, SERVICES, ENDPOINT_SLICES]
+            .map(|resource| Query::labelled(resource, &named.namespace, []));
+        if is_permitted_to_read(&client, &format!("InferencePool {named}"), &queries, &mut trials).await {
             let (pool, trial) = try_pool(config, &client, &named).await;
             trials.push(trial);
-            known.extend(pool.map(|pool| (named, pool)));
+            known.pools.extend(pool.map(|pool| (named, pool)));
         }
     }
     (known, trials)
 }
 
-/// What the agent needs for a pool and cannot do.
-async fn denied(client: &Client, named: &InferencePoolRef) -> Vec<String> {
+/// Whether the agent may read these. Reports what it may not.
+async fn is_permitted_to_read(client: &Client, subject: &str, queries: &[Query], trials: &mut Vec<Trial>) -> bool {
+    let denied = denied(client, queries).await;
+    trials.extend(denied.iter().cloned().map(|found| {
+        let advice = "grant the agent's ServiceAccount get, list and watch on it; see docs/kubernetes.md";
+        Trial::failed(format!("{subject}, access"), found, advice)
+    }));
+    denied.is_empty()
+}
+
+/// Those of the queries that the agent needs and cannot make.
+async fn denied(client: &Client, queries: &[Query]) -> Vec<String> {
     let mut denied = Vec::new();
-    for resource in [pools(named.version), PODS, SERVICES, ENDPOINT_SLICES] {
-        let query = Query::labelled(resource, &named.namespace, []);
+    for query in queries {
         for verb in ["list", "watch"] {
-            match timeout(ANSWER, is_permitted(client, &query, verb)).await {
+            match timeout(ANSWER, is_permitted(client, query, verb)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(failure)) if failure.reason == "unreachable" => return vec![failure.to_string()],
                 Ok(Err(failure)) => denied.push(failure.to_string()),
-                Err(_) => return vec![Failure::timed_out(verb, &query).to_string()],
+                Err(_) => return vec![Failure::timed_out(verb, query).to_string()],
             }
         }
     }
     denied
+}
+
+/// Reads the Gateway with its routes. Reports what of it is not served.
+async fn try_gateway(
+    config: &Config,
+    client: &Client,
+    named: &GatewayRef,
+    trials: &mut Vec<Trial>,
+) -> Option<KnownGateway> {
+    let subject = format!("Gateway {named}");
+    let own = [GATEWAYS, HTTP_ROUTES].map(|resource| Query::labelled(resource, &named.namespace, []));
+    if !is_permitted_to_read(client, &subject, &own, trials).await {
+        return None;
+    }
+    let (sender, mut first) = tokio::sync::mpsc::channel(1);
+    let follower = GatewayFollower::new(client.clone(), named.clone(), Metrics::new(&[]), &config.kubernetes);
+    let read = async {
+        tokio::select! {
+            never = follower.run(sender) => match never {},
+            objects = first.recv() => objects,
+        }
+    };
+    let Ok(Some(objects)) = timeout(ANSWER, read).await else {
+        // What of it is needed depends on the Gateway and its routes.
+        let all = [HTTP_ROUTES, REFERENCE_GRANTS, NAMESPACES].map(|resource| Query::labelled(resource, "", []));
+        if is_permitted_to_read(client, &subject, &all, trials).await {
+            let advice = "see the log for the request that fails";
+            trials.push(Trial::failed(subject, format!("could not be read within {ANSWER:?}"), advice));
+        }
+        return None;
+    };
+    if objects.gateway.is_none() {
+        let advice = "correct `kubernetes.gateway`, or create it";
+        trials.push(Trial::failed(subject, "does not exist".to_owned(), advice));
+        return None;
+    }
+    let gateway = KnownGateway::new(named, objects);
+    let (routes, pools) = (gateway.objects.routes.len(), gateway.meaning.pools.len());
+    trials.push(Trial::ok(subject, format!("{routes} HTTPRoutes to {pools} InferencePools")));
+    trials.extend(refused(&gateway).into_iter().take(MOST_REFUSED).map(|why| {
+        Trial::failed(format!("Gateway {named}, {why}"), "its requests get 500".to_owned(), "correct the HTTPRoute")
+    }));
+    Some(gateway)
+}
+
+/// Why rules, or shares of them, are refused, each once.
+fn refused(gateway: &KnownGateway) -> Vec<String> {
+    let routes = &gateway.meaning.routes;
+    let shares = routes.iter().flat_map(|route| route.pools.iter().filter_map(|share| share.refused.as_ref()));
+    let all = routes.iter().filter_map(|route| route.refused.as_ref()).chain(shares);
+    let wrong = all.filter(|why| matches!(why, RefusedRoute::Unsupported(_) | RefusedRoute::Backend(_)));
+    let mut wrong: Vec<_> = wrong.map(ToString::to_string).collect();
+    wrong.sort();
+    wrong.dedup();
+    wrong
 }
 
 /// Asks the API server, and if that is not permitted either, tries.

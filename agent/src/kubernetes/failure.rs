@@ -38,7 +38,9 @@ impl Failure {
         let (reason, text) = match status.code {
             401 => ("unauthorized", format!("the API server does not accept the agent's credentials{said}")),
             403 => {
-                let found = format!("not permitted to {verb} {resource} in namespace {namespace}");
+                let place =
+                    if namespace.is_empty() { "all namespaces".to_owned() } else { format!("namespace {namespace}") };
+                let found = format!("not permitted to {verb} {resource} in {place}");
                 ("forbidden", format!("{found}, expected get, list and watch{said}"))
             }
             404 => {

@@ -1,24 +1,16 @@
 //! Follows one InferencePool: watches it, and what it refers to, and publishes what that means whenever it has changed.
-//!
-//! A selector or a reference that changes begins another watch. The objects of the previous one are used until the new list is
-//! whole, so no change of the InferencePool empties the pool for a moment.
 
 use std::{convert::Infallible, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
 use kube::Client;
-use tokio::{
-    sync::{Notify, mpsc},
-    time::sleep,
-};
-use tokio_util::task::AbortOnDropHandle;
+use tokio::{sync::mpsc, time::sleep};
 
 use super::{
-    objects::{EndpointSlice, InferencePoolObject, Object, Pod, PoolSpec, Service},
+    aimed::{Aimed, Watcher},
+    objects::{EndpointSlice, InferencePoolObject, Pod, PoolSpec, Service},
     query::{self, Query},
-    store::Store,
     translate::{Objects, translate},
-    watch::{self, WatchParameters},
 };
 use crate::{
     config::{InferencePoolRef, Kubernetes},
@@ -32,21 +24,15 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Pause after a panic.
 const RESTART: Duration = Duration::from_secs(1);
 
-/// What every watch of a pool uses.
 pub(super) struct Follower {
-    pub(super) client: Client,
-    pub(super) named: InferencePoolRef,
-    pub(super) metrics: Arc<Metrics>,
-    watch_timeout: Duration,
-    coalesce: Duration,
-    /// Notified when an object has changed.
-    changed: Arc<Notify>,
+    named: InferencePoolRef,
+    watcher: Watcher,
 }
 
 impl Follower {
     pub(super) fn new(client: Client, named: InferencePoolRef, metrics: Arc<Metrics>, settings: &Kubernetes) -> Self {
-        let Kubernetes { watch_timeout, coalesce, .. } = *settings;
-        Self { client, named, metrics, watch_timeout, coalesce, changed: Arc::default() }
+        let watcher = Watcher::new(client, named.to_string(), metrics, settings);
+        Self { named, watcher }
     }
 
     /// As [`run`](Self::run), but restarts after a panic, which the panic hook has counted.
@@ -62,12 +48,13 @@ impl Follower {
     /// Sends the pool when everything about it has been read, and after each change. Changes within `coalesce` are sent together.
     pub(super) async fn run(&self, results: mpsc::Sender<(InferencePoolRef, InferencePool)>) -> Infallible {
         let (namespace, name) = (&self.named.namespace, &self.named.name);
-        let pools = self.begin::<InferencePoolObject>(Query::one(query::pools(self.named.version), namespace, name));
+        let pools =
+            self.watcher.begin::<InferencePoolObject>(Query::one(query::pools(self.named.version), namespace, name));
         let mut parts = ReferredObjects::default();
         let (mut published, mut was_left_out) = (None, 0);
         loop {
-            self.changed.notified().await;
-            sleep(self.coalesce).await;
+            self.watcher.changed.notified().await;
+            sleep(self.watcher.coalesce).await;
             let Some(found) = pools.store.all() else { continue };
             let (pool, left_out) = match found.iter().find(|pool| pool.name == *name) {
                 None => {
@@ -91,60 +78,6 @@ impl Follower {
             }
         }
     }
-
-    /// Begins a watch.
-    fn begin<K: Object + PartialEq>(&self, query: Query) -> ObjectWatch<K> {
-        let store = Arc::new(Store::new(Arc::clone(&self.changed)));
-        let inference_pool = self.named.to_string();
-        let metrics = self.metrics.kubernetes_watch(&inference_pool, query.resource.plural);
-        let (client, lasts) = (self.client.clone(), self.watch_timeout);
-        let source = WatchParameters { client, inference_pool, query: query.clone(), lasts };
-        let task = AbortOnDropHandle::new(tokio::spawn(watch::keep_watching(source, Arc::clone(&store), metrics)));
-        ObjectWatch { query, store, _task: task }
-    }
-}
-
-/// A watch and its objects.
-struct ObjectWatch<K> {
-    query: Query,
-    store: Arc<Store<K>>,
-    _task: AbortOnDropHandle<()>,
-}
-
-/// A watch whose query may change.
-struct Aimed<K> {
-    /// The last one whose objects are known.
-    current: Option<ObjectWatch<K>>,
-    /// The one that will replace it.
-    next: Option<ObjectWatch<K>>,
-}
-
-impl<K> Default for Aimed<K> {
-    fn default() -> Self {
-        Self { current: None, next: None }
-    }
-}
-
-impl<K: Object + PartialEq> Aimed<K> {
-    fn aim(&mut self, follower: &Follower, query: Option<Query>) {
-        let Some(query) = query else {
-            *self = Self::default();
-            return;
-        };
-        if self.current.as_ref().is_some_and(|current| current.query == query) {
-            self.next = None;
-        } else if self.next.as_ref().is_none_or(|next| next.query != query) {
-            self.next = Some(follower.begin(query));
-        }
-        if self.next.as_ref().is_some_and(|next| next.store.all().is_some()) {
-            self.current = self.next.take();
-        }
-    }
-
-    /// The objects, or None if none have been read yet.
-    fn objects(&self) -> Option<Vec<K>> {
-        self.current.as_ref()?.store.all()
-    }
 }
 
 /// What an InferencePool refers to.
@@ -167,9 +100,10 @@ impl ReferredObjects {
         let service = epp.map(|epp| Query::one(query::SERVICES, namespace, &epp.name));
         let slices =
             epp.map(|epp| Query::labelled(query::ENDPOINT_SLICES, namespace, [(SERVICE_NAME, epp.name.as_str())]));
-        self.pods.aim(follower, spec.map(labels));
-        self.service.aim(follower, service);
-        self.slices.aim(follower, slices);
+        let watcher = &follower.watcher;
+        self.pods.aim(watcher, spec.map(labels));
+        self.service.aim(watcher, service);
+        self.slices.aim(watcher, slices);
     }
 
     /// The pool and the number of its endpoints that were left out. None until everything has been read.

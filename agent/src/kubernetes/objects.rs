@@ -15,6 +15,10 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 pub(super) trait Object: DeserializeOwned + Clone + Send + 'static {
     /// Its name, unique in its namespace.
     fn name(&self) -> &str;
+    /// What makes it unique among the objects of one query.
+    fn key(&self) -> String {
+        self.name().to_owned()
+    }
     /// Takes its `resourceVersion`, from which a watch continues. Two objects that differ only in it are equal for the agent.
     fn take_version(&mut self) -> String;
 }

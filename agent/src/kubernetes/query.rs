@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use http::Request;
 use kube::core::params::{ListParams, WatchParams};
 
-use crate::config::InferencePoolVersion;
+use crate::{config::InferencePoolVersion, gateway};
 
 /// Objects of one reply to a list.
 const PAGE: u32 = 500;
@@ -22,6 +22,13 @@ pub(super) const PODS: Resource = Resource { group: "", version: "v1", plural: "
 pub(super) const SERVICES: Resource = Resource { group: "", version: "v1", plural: "services" };
 pub(super) const ENDPOINT_SLICES: Resource =
     Resource { group: "discovery.k8s.io", version: "v1", plural: "endpointslices" };
+
+pub(super) const GATEWAYS: Resource = Resource { group: gateway::GROUP, version: "v1", plural: "gateways" };
+pub(super) const HTTP_ROUTES: Resource = Resource { group: gateway::GROUP, version: "v1", plural: "httproutes" };
+pub(super) const REFERENCE_GRANTS: Resource =
+    Resource { group: gateway::GROUP, version: "v1beta1", plural: "referencegrants" };
+/// They have no namespace themselves.
+pub(super) const NAMESPACES: Resource = Resource { group: "", version: "v1", plural: "namespaces" };
 
 /// The InferencePools of a version.
 pub(super) fn pools(version: InferencePoolVersion) -> Resource {
@@ -41,10 +48,11 @@ impl fmt::Display for Resource {
     }
 }
 
-/// Some objects of a resource in one namespace.
+/// Some objects of a resource in one namespace, or in all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Query {
     pub(super) resource: Resource,
+    /// Empty for all.
     pub(super) namespace: String,
     /// As in the API's `labelSelector`; empty selects all.
     pub(super) labels: String,
@@ -74,7 +82,10 @@ impl Query {
     fn url(&self) -> String {
         let Resource { group, version, plural } = self.resource;
         let api = if group.is_empty() { format!("/api/{version}") } else { format!("/apis/{group}/{version}") };
-        format!("{api}/namespaces/{}/{plural}", self.namespace)
+        match self.namespace.as_str() {
+            "" => format!("{api}/{plural}"),
+            namespace => format!("{api}/namespaces/{namespace}/{plural}"),
+        }
     }
 
     fn selectors(&self) -> (Option<String>, Option<String>) {
@@ -109,6 +120,8 @@ mod tests {
         let pods = Query::labelled(PODS, "n", [("app", "vllm"), ("x/y", "z")]);
         let uri = pods.list(None).unwrap().uri().to_string();
         assert_eq!(uri, "/api/v1/namespaces/n/pods?&labelSelector=app%3Dvllm%2Cx%2Fy%3Dz&limit=500");
+        let everywhere = Query::labelled(HTTP_ROUTES, "", []).list(None).unwrap().uri().to_string();
+        assert!(everywhere.starts_with("/apis/gateway.networking.k8s.io/v1/httproutes?"), "{everywhere}");
         let pool = Query::one(pools(InferencePoolVersion::V1), "n", "p");
         let uri = pool.watch("7", Duration::from_millis(1500)).unwrap().uri().to_string();
         let (path, query) = uri.split_once('?').unwrap();

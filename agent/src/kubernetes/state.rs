@@ -1,4 +1,4 @@
-//! What was last known about the pools, in a file, so that an agent can start while the API server is away.
+//! What was last known about the pools and the Gateway, in a file, so that an agent can start while the API server is away.
 //!
 //! The file is replaced as a whole by a rename. One that cannot be read, is too large or has another version is ignored, and the log
 //! says why.
@@ -12,8 +12,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::InferencePoolRef,
-    inference_pools::{InferencePool, KnownPools},
+    config::{GatewayRef, InferencePoolRef},
+    gateway::{GatewayObjects, KnownGateway},
+    inference_pools::{InferencePool, Known},
 };
 
 const NAME: &str = "inference-pools.json";
@@ -38,6 +39,15 @@ struct SavedPools {
     version: u32,
     #[serde(default)]
     pools: Vec<SavedPool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gateway: Option<SavedGateway>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedGateway {
+    namespace: String,
+    name: String,
+    objects: GatewayObjects,
 }
 
 #[derive(Deserialize)]
@@ -52,13 +62,13 @@ struct SavedPool {
     pool: InferencePool,
 }
 
-/// Reads the file in `folder`. Without a file nothing is known.
-pub(super) fn load(folder: &Path) -> Result<KnownPools, StateError> {
+/// Reads the file in `folder`. Without a file nothing is known. Of the Gateway something is known if it is this one.
+pub(super) fn load(folder: &Path, gateway: Option<&GatewayRef>) -> Result<Known, StateError> {
     let path = folder.join(NAME);
     let io = |error| StateError::Io(path.clone(), error);
     let file = match File::open(&path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(KnownPools::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Known::default()),
         Err(error) => return Err(io(error)),
     };
     let mut text = Vec::new();
@@ -72,15 +82,25 @@ pub(super) fn load(folder: &Path) -> Result<KnownPools, StateError> {
         return Err(StateError::Version(path, version));
     }
     let document: SavedPools = serde_json::from_slice(&text).map_err(malformed)?;
-    Ok(document.pools.into_iter().map(|SavedPool { named, pool }| (named, pool)).collect())
+    let pools = document.pools.into_iter().map(|SavedPool { named, pool }| (named, pool)).collect();
+    let known = |named: &GatewayRef| {
+        let is_named = |saved: &SavedGateway| (&saved.namespace, &saved.name) == (&named.namespace, &named.name);
+        document.gateway.filter(is_named).map(|saved| KnownGateway::new(named, saved.objects))
+    };
+    Ok(Known { pools, gateway: gateway.and_then(known) })
 }
 
 /// Replaces the file in `folder`.
-pub(super) fn save(folder: &Path, known: &KnownPools) -> Result<(), StateError> {
+pub(super) fn save(folder: &Path, gateway: Option<&GatewayRef>, known: &Known) -> Result<(), StateError> {
     let path = folder.join(NAME);
     let entry =
         |(named, pool): (&InferencePoolRef, &InferencePool)| SavedPool { named: named.clone(), pool: pool.clone() };
-    let document = SavedPools { version: VERSION, pools: known.iter().map(entry).collect() };
+    let saved = |(named, known): (&GatewayRef, &KnownGateway)| {
+        let (namespace, name) = (named.namespace.clone(), named.name.clone());
+        SavedGateway { namespace, name, objects: known.objects.clone() }
+    };
+    let gateway = gateway.zip(known.gateway.as_ref()).map(saved);
+    let document = SavedPools { version: VERSION, pools: known.pools.iter().map(entry).collect(), gateway };
     let text = serde_json::to_vec(&document).map_err(|error| StateError::Malformed(path.clone(), error))?;
     if text.len() as u64 > MAX {
         return Err(StateError::TooLarge(path));
@@ -98,25 +118,42 @@ pub(super) fn save(folder: &Path, known: &KnownPools) -> Result<(), StateError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inference_pools::{EppService, PodPort, Usable};
+    use crate::{
+        gateway::ApiObject,
+        inference_pools::{EppService, PodPort, Usable},
+    };
 
-    fn known() -> KnownPools {
+    fn gateway() -> GatewayRef {
+        GatewayRef { namespace: "infra".into(), name: "g".into(), port: None }
+    }
+
+    fn known() -> Known {
         let named = |name: &str| InferencePoolRef { namespace: "n".into(), name: name.into(), ..Default::default() };
         let address = "[fd00::1]:8000".parse().unwrap();
         let endpoints = vec![PodPort { address, node: Some("n1".into()), zone: None, draining: true }];
         let epp = Some(EppService { address: "epp.n.svc:9002".into(), replicas: vec![address] });
         let usable = InferencePool::Usable(Usable { endpoints, epp, fails_open: true, is_h2c: false });
         let (absent, invalid) = (InferencePool::Absent, InferencePool::Invalid("no port".into()));
-        [(named("a"), usable), (named("b"), absent), (named("c"), invalid)].into()
+        let pools = [(named("a"), usable), (named("b"), absent), (named("c"), invalid)].into();
+        let listener = serde_json::json!({ "name": "http", "port": 80, "protocol": "HTTP" });
+        let object = ApiObject { spec: serde_json::json!({ "listeners": [listener] }), ..ApiObject::default() };
+        let objects =
+            GatewayObjects { gateway: Some(object.clone()), routes: vec![object], ..GatewayObjects::default() };
+        Known { pools, gateway: Some(KnownGateway::new(&gateway(), objects)) }
     }
 
     #[test]
     fn saved_state_is_loaded() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(load(folder.path()).unwrap(), KnownPools::new(), "no file has been written");
-        save(folder.path(), &KnownPools::new()).unwrap();
-        save(folder.path(), &known()).unwrap();
-        assert_eq!(load(folder.path()).unwrap(), known());
+        let own = gateway();
+        assert_eq!(load(folder.path(), None).unwrap(), Known::default(), "no file has been written");
+        save(folder.path(), None, &Known::default()).unwrap();
+        save(folder.path(), Some(&own), &known()).unwrap();
+        assert_eq!(load(folder.path(), Some(&own)).unwrap(), known());
+        let other = GatewayRef { name: "other".into(), ..own };
+        for gateway in [None, Some(&other)] {
+            assert_eq!(load(folder.path(), gateway).unwrap(), Known { gateway: None, ..known() });
+        }
         let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
         assert_eq!(files, [NAME], "no other file remains");
     }
@@ -132,12 +169,12 @@ mod tests {
             ("", "EOF while parsing"),
         ] {
             fs::write(&path, text).unwrap();
-            let error = load(folder.path()).unwrap_err().to_string();
+            let error = load(folder.path(), None).unwrap_err().to_string();
             assert!(error.contains(expected) && error.contains(NAME), "{text}: {error}");
         }
         File::create(&path).unwrap().set_len(MAX + 1).unwrap();
-        assert!(matches!(load(folder.path()), Err(StateError::TooLarge(_))));
+        assert!(matches!(load(folder.path(), None), Err(StateError::TooLarge(_))));
         let missing = folder.path().join("missing");
-        assert!(matches!(save(&missing, &known()), Err(StateError::Io(..))));
+        assert!(matches!(save(&missing, None, &known()), Err(StateError::Io(..))));
     }
 }

@@ -10,24 +10,32 @@ use super::objects::Object;
 /// Most objects of one query. A pool has fewer Pods; more means that a selector is wrong.
 pub(super) const MAX_OBJECTS: usize = 10_000;
 
-#[derive(Debug)]
+/// Whether an object is kept.
+pub(super) type Keep<K> = Box<dyn Fn(&K) -> bool + Send + Sync>;
+
 pub(super) struct Store<K> {
-    /// By name. None until the first list was complete.
+    /// By key. None until the first list was complete.
     objects: Mutex<Option<BTreeMap<String, K>>>,
     /// Notified when the objects change.
     changed: Arc<Notify>,
+    /// None keeps all.
+    keep: Option<Keep<K>>,
 }
 
 impl<K: Object + PartialEq> Store<K> {
-    pub(super) fn new(changed: Arc<Notify>) -> Self {
-        Self { objects: Mutex::default(), changed }
+    pub(super) fn new(changed: Arc<Notify>, keep: Option<Keep<K>>) -> Self {
+        Self { objects: Mutex::default(), changed, keep }
+    }
+
+    pub(super) fn keeps(&self, object: &K) -> bool {
+        self.keep.as_ref().is_none_or(|keep| keep(object))
     }
 
     /// Replaces all objects by those of a complete list. Returns how many there are, and how many were left out.
     pub(super) fn replace(&self, listed: Vec<K>) -> (usize, usize) {
         let left_out = listed.len().saturating_sub(MAX_OBJECTS);
         let listed = listed.into_iter().take(MAX_OBJECTS);
-        let listed: BTreeMap<_, _> = listed.map(|object| (object.name().to_owned(), object)).collect();
+        let listed: BTreeMap<_, _> = listed.map(|object| (object.key(), object)).collect();
         let count = listed.len();
         let mut objects = self.objects.lock();
         if objects.as_ref() != Some(&listed) {
@@ -39,27 +47,31 @@ impl<K: Object + PartialEq> Store<K> {
 
     /// Adds or replaces an object. Returns how many there are, and whether this one was left out.
     pub(super) fn apply(&self, object: K) -> (usize, bool) {
+        let key = object.key();
+        if !self.keeps(&object) {
+            return (self.remove(&key), false);
+        }
         let mut objects = self.objects.lock();
         let known = objects.get_or_insert_default();
-        let is_full = known.len() >= MAX_OBJECTS && !known.contains_key(object.name());
-        if !is_full && known.get(object.name()) != Some(&object) {
-            known.insert(object.name().to_owned(), object);
+        let is_full = known.len() >= MAX_OBJECTS && !known.contains_key(&key);
+        if !is_full && known.get(&key) != Some(&object) {
+            known.insert(key, object);
             self.changed.notify_one();
         }
         (known.len(), is_full)
     }
 
     /// Removes an object. Returns how many are left.
-    pub(super) fn remove(&self, name: &str) -> usize {
+    pub(super) fn remove(&self, key: &str) -> usize {
         let mut objects = self.objects.lock();
         let known = objects.get_or_insert_default();
-        if known.remove(name).is_some() {
+        if known.remove(key).is_some() {
             self.changed.notify_one();
         }
         known.len()
     }
 
-    /// All objects by name, or None before the first complete list.
+    /// All objects by key, or None before the first complete list.
     pub(super) fn all(&self) -> Option<Vec<K>> {
         self.objects.lock().as_ref().map(|objects| objects.values().cloned().collect())
     }
@@ -74,7 +86,7 @@ mod tests {
     }
 
     fn store() -> Store<Service> {
-        Store::new(Arc::default())
+        Store::new(Arc::default(), None)
     }
 
     #[test]
@@ -100,7 +112,7 @@ mod tests {
     #[tokio::test]
     async fn only_changes_are_told() {
         let changed = Arc::new(Notify::new());
-        let store = Store::new(Arc::clone(&changed));
+        let store = Store::new(Arc::clone(&changed), None);
         let is_told = async || tokio::time::timeout(std::time::Duration::ZERO, changed.notified()).await.is_ok();
         store.replace(vec![service(1)]);
         assert!(is_told().await);

@@ -35,7 +35,7 @@ const MOST_FAILURES: u32 = 3;
 pub(super) struct WatchParameters {
     pub(super) client: Client,
     /// For the log.
-    pub(super) inference_pool: String,
+    pub(super) subject: String,
     pub(super) query: Query,
     /// How long one watch request lasts.
     pub(super) lasts: Duration,
@@ -66,7 +66,7 @@ async fn keep<K: Object + PartialEq>(source: &WatchParameters, store: &Store<K>,
     let mut pause = Pause::default();
     let mut is_first = true;
     loop {
-        match source.list::<K>().await {
+        match source.list(store).await {
             Ok((objects, version)) => {
                 if !std::mem::take(&mut is_first) {
                     report.metrics.relisted();
@@ -136,7 +136,7 @@ struct PageMetadata {
 
 impl WatchParameters {
     /// All objects, and the version of the list.
-    async fn list<K: Object>(&self) -> Result<(Vec<K>, String), Failure> {
+    async fn list<K: Object + PartialEq>(&self, store: &Store<K>) -> Result<(Vec<K>, String), Failure> {
         let failed = |error: &kube::Error| Failure::new(error, "list", &self.query);
         let (mut objects, mut next) = (Vec::new(), None);
         loop {
@@ -146,7 +146,8 @@ impl WatchParameters {
             let page = page.map_err(|_| Failure::timed_out("list", &self.query))?.map_err(|error| failed(&error))?;
             // What exceeds the limit is only counted, so that no list fills the memory.
             let room = (2 * MAX_OBJECTS).saturating_sub(objects.len());
-            objects.extend(page.items.into_iter().flatten().take(room).map(|mut object| {
+            let kept = page.items.into_iter().flatten().filter(|object: &K| store.keeps(object));
+            objects.extend(kept.take(room).map(|mut object| {
                 object.take_version();
                 object
             }));
@@ -190,7 +191,7 @@ impl WatchParameters {
                 }
                 WatchEvent::Deleted(mut object) => {
                     *version = object.take_version();
-                    report.counted(store.remove(object.name()), false);
+                    report.counted(store.remove(&object.key()), false);
                 }
                 WatchEvent::Bookmark(bookmark) => *version = bookmark.metadata.resource_version,
                 WatchEvent::Error(status) => {
@@ -220,21 +221,21 @@ impl Report<'_> {
         self.metrics.up(true);
         self.metrics.synced();
         if self.failing.take().is_some_and(|failure| !failure.is_gone) {
-            let (inference_pool, resource) = self.subject();
-            tracing::info!(inference_pool, resource, "Kubernetes watch recovered");
+            let (subject, resource) = self.subject();
+            tracing::info!(subject, resource, "Kubernetes watch recovered");
         }
     }
 
     fn failed(&mut self, failure: &Failure) {
         self.metrics.failed(failure.reason);
         self.metrics.up(false);
-        let (inference_pool, resource) = self.subject();
+        let (subject, resource) = self.subject();
         if self.failing.as_ref() == Some(failure) {
-            tracing::debug!(inference_pool, resource, error = %failure, "Kubernetes watch still fails");
+            tracing::debug!(subject, resource, error = %failure, "Kubernetes watch still fails");
         } else if failure.is_gone {
-            tracing::info!(inference_pool, resource, "Kubernetes watch cannot continue, listing again");
+            tracing::info!(subject, resource, "Kubernetes watch cannot continue, listing again");
         } else {
-            tracing::warn!(inference_pool, resource, error = %failure, "Kubernetes watch failed, keeping the last known objects");
+            tracing::warn!(subject, resource, error = %failure, "Kubernetes watch failed, keeping the last known objects");
         }
         self.failing = Some(failure.clone());
     }
@@ -242,19 +243,14 @@ impl Report<'_> {
     fn counted(&mut self, count: usize, some_left_out: bool) {
         self.metrics.objects(count);
         if some_left_out && !self.is_full {
-            let (inference_pool, resource) = self.subject();
-            tracing::error!(
-                inference_pool,
-                resource,
-                limit = MAX_OBJECTS,
-                "too many objects, leaving out further ones"
-            );
+            let (subject, resource) = self.subject();
+            tracing::error!(subject, resource, limit = MAX_OBJECTS, "too many objects, leaving out further ones");
         }
         self.is_full |= some_left_out;
     }
 
     fn subject(&self) -> (&str, &'static str) {
-        (&self.source.inference_pool, self.source.query.resource.plural)
+        (&self.source.subject, self.source.query.resource.plural)
     }
 }
 

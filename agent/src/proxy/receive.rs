@@ -12,6 +12,7 @@ use crate::{
         request::RequestBody,
     },
     probe::Point,
+    route::NotRouted,
     upload::Upload,
     worker::Worker,
 };
@@ -37,11 +38,15 @@ pub(super) async fn receive(
     let router = &worker.shared.router;
     let needs_model = router.needs_model(&request.parts);
     let route = |request: &mut Request| {
-        let routed = router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
+        let routed = router.route(&request.parts, |below| fastrand::u64(..below));
+        let routed = routed.map_err(|not_routed| unrouted(not_routed, &request.parts))?;
         request.pool = routed.pool;
         request.set_timeouts(routed.timeouts);
         if let Some(why) = &config.pools[routed.pool].unusable {
             return Err(Error::Pool(why.clone()));
+        }
+        if let Some(changes) = routed.changes {
+            request.change(changes)?;
         }
         Ok::<_, Error>(routed.timeouts.body)
     };
@@ -72,6 +77,15 @@ pub(super) async fn receive(
         upload.set_timeout(route(request)?);
     }
     Ok(upload)
+}
+
+/// The answer to a request that goes to no pool.
+fn unrouted(why: NotRouted<'_>, request: &request::Parts) -> Error {
+    match why {
+        NotRouted::NoRoute => Error::NoRoute,
+        NotRouted::Refused(why) => Error::Route(why.clone()),
+        NotRouted::Redirected(to) => Error::Redirected { status: to.status(), location: to.location(request) },
+    }
 }
 
 /// Prepares the head.

@@ -7,8 +7,16 @@ use tokio::time::Instant;
 
 use super::record::{Origin, Record};
 use crate::{
-    deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, kernel::wire::TcpConnection,
-    metrics::PoolMetrics, rename::ModelNames, route::RequestTimeouts, steer::reason::SteerReason, worker::Worker,
+    deadline::with_deadline,
+    endpoint::connection::EndpointConnection,
+    error::Error,
+    http::request::RequestError,
+    kernel::wire::TcpConnection,
+    metrics::PoolMetrics,
+    rename::ModelNames,
+    route::{RequestTimeouts, RouteChanges, TargetTooLong},
+    steer::reason::SteerReason,
+    worker::Worker,
 };
 
 /// What happens to the client's connection after a request.
@@ -44,8 +52,10 @@ impl Deadline {
 /// A request in progress, passed from phase to phase.
 pub(super) struct Request {
     pub(super) parts: request::Parts,
-    /// The client's target, while `parts` has the one for the endpoint.
+    /// The target that the EPP was told, while `parts` has the one for the endpoint.
     pub(super) client_target: Option<Uri>,
+    /// The target as the client sent it, if the route changed the request.
+    sent_target: Option<Uri>,
     pub(super) keep_alive: bool,
     /// The protocol that the client wants to switch to.
     pub(super) upgrade: Option<HeaderValue>,
@@ -71,6 +81,7 @@ impl Request {
         Self {
             parts,
             client_target: None,
+            sent_target: None,
             keep_alive,
             upgrade: None,
             pool: 0,
@@ -91,9 +102,38 @@ impl Request {
         self.deadline = Deadline::new(self.begun, timeouts.request);
     }
 
-    /// Sets the client's target again.
+    /// The dispatch begins: `timeouts.dispatch` applies from now on.
+    pub(super) fn begin_dispatch(&mut self) {
+        let Some(limit) = self.timeouts.dispatch else { return };
+        let dispatched = Deadline::new(Instant::now(), Some(limit));
+        if self.deadline.at.is_none_or(|at| dispatched.at.is_some_and(|dispatched| dispatched < at)) {
+            self.deadline = dispatched;
+        }
+    }
+
+    /// Applies the changes of the route.
+    pub(super) fn change(&mut self, changes: &RouteChanges) -> Result<(), Error> {
+        self.sent_target = Some(self.parts.uri.clone());
+        let limit = RouteChanges::LONGEST;
+        changes.apply(&mut self.parts).map_err(|TargetTooLong| RequestError::RequestLineTooLong { limit }.into())
+    }
+
+    /// Whether the route changed the request.
+    pub(super) fn is_changed(&self) -> bool {
+        self.sent_target.is_some()
+    }
+
+    /// Sets the target again that the EPP was told.
     pub(super) fn restore_target(&mut self) {
         if let Some(target) = self.client_target.take() {
+            self.parts.uri = target;
+        }
+    }
+
+    /// Sets the target again that the client sent, for the answer to the client and the accounts.
+    pub(super) fn restore_sent_target(&mut self) {
+        self.restore_target();
+        if let Some(target) = self.sent_target.take() {
             self.parts.uri = target;
         }
     }

@@ -66,7 +66,9 @@ pub(super) async fn respond(
         Ok(End::Complete { reusable }) => {
             request.record.ending(picked.finish(rest));
             let pins = config.pools[request.pool].pick_per == config::PickPer::Connection;
-            let may_pin = pins && picked.reusable && carried.keep_alive && matches!(client, Client::Http1(_));
+            // What a pin relays is not parsed, so the route could not change it.
+            let holds = picked.reusable && !request.is_changed();
+            let may_pin = pins && holds && carried.keep_alive && matches!(client, Client::Http1(_));
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
                 if reusable

@@ -110,6 +110,42 @@ fn exact_paths_match_no_subpaths() {
 }
 
 #[test]
+fn query_parameters_match_decoded_and_by_their_first_value() {
+    let router = router(&[
+        "query = [{ name = \"a b\", value = \"1&\" }, { name = \"c\" }]\npool = \"a\"",
+        "query = [{ name = \"c\", value = \"\" }]\npool = \"b\"",
+    ]);
+    for (target, expected) in [
+        ("/?a%20b=1%26&c", Some('a')),
+        ("/?c=7&a+b=1%26", Some('a')),
+        ("/?a+b=1%26&a+b=2&c", Some('a')),
+        ("/?a+b=2&a+b=1%26&c", Some('b')),
+        ("/?a+b=1%26", None),
+        ("/?C=&A+b=1%26", None),
+        ("/?c=", Some('b')),
+        ("/?c", Some('b')),
+        ("/?c=1", None),
+        ("/", None),
+    ] {
+        assert_eq!(pool(&router, &get(target)), expected, "{target}");
+    }
+}
+
+#[test]
+fn refused_routes_and_shares_say_why() {
+    let mut config = parsed(&["path = \"/x\"\npool = \"a\"", "pool = \"b\""]).unwrap();
+    let why = config::RefusedRoute::Unsupported("m/r: rule 0".to_owned());
+    config.routes[0].refused = Some(why.clone());
+    let broken = config::RefusedRoute::Backend("m/r: no pool".to_owned());
+    let share = config::WeightedPool { refused: Some(broken.clone()), ..config::WeightedPool::new("nowhere", 1) };
+    config.routes[1].pools.push(share);
+    let router = Router::new(&config);
+    assert_eq!(router.route(&get("/x"), |_| 0), Err(NotRouted::Refused(&why)));
+    assert_eq!(router.route(&get("/y"), |_| 0).unwrap().pool, 1);
+    assert_eq!(router.route(&get("/y"), |_| 1), Err(NotRouted::Refused(&broken)));
+}
+
+#[test]
 fn methods_match_exactly() {
     let router = router(&["method = \"GET\"\npool = \"a\"", "method = [\"POST\", \"PURGE\"]\npool = \"b\""]);
     for (method, expected) in [("GET", Some('a')), ("POST", Some('b')), ("PURGE", Some('b')), ("HEAD", None)] {

@@ -11,12 +11,13 @@ pub struct RequestTimeouts {
     pub first_byte: Option<Duration>,
     pub idle: Option<Duration>,
     pub request: Option<Duration>,
+    pub dispatch: Option<Duration>,
 }
 
 impl From<&Timeouts> for RequestTimeouts {
     fn from(timeouts: &Timeouts) -> Self {
-        let &Timeouts { body, first_byte, idle, request, .. } = timeouts;
-        Self { body, first_byte, idle, request }
+        let &Timeouts { body, first_byte, idle, request, dispatch, .. } = timeouts;
+        Self { body, first_byte, idle, request, dispatch }
     }
 }
 
@@ -29,6 +30,7 @@ impl RequestTimeouts {
             first_byte: overrides.first_byte.unwrap_or(self.first_byte),
             idle: overrides.idle.unwrap_or(self.idle),
             request: overrides.request.unwrap_or(self.request),
+            dispatch: overrides.dispatch.unwrap_or(self.dispatch),
         }
     }
 }

@@ -38,6 +38,10 @@ fn failure(code: u16, reason: &str, message: &str) -> Answer {
     Answer::Whole(code, status(code, reason, message))
 }
 
+/// The collections that there are.
+const SERVED: [&str; 8] =
+    ["pods", "services", "endpointslices", "inferencepools", "gateways", "httproutes", "referencegrants", "namespaces"];
+
 pub(super) const GONE: &str = "too old resource version";
 
 impl State {
@@ -54,8 +58,7 @@ impl State {
         if request.method == "POST" && plural == "selfsubjectaccessreviews" {
             return review(&request.body, faults.forbidden);
         }
-        let served = ["pods", "services", "endpointslices", "inferencepools"];
-        if request.method != "GET" || !path.contains("/namespaces/") || !served.contains(&plural) {
+        if request.method != "GET" || !SERVED.contains(&plural) {
             return failure(404, "NotFound", "the server could not find the requested resource");
         }
         let parameters = parameters(query);

@@ -7,13 +7,20 @@ use serde_json::{Value, json};
 /// Which objects a request is about.
 #[derive(Clone, Debug)]
 pub(super) struct Selection {
-    /// Such as `/api/v1/namespaces/n/pods`.
+    /// Such as `/api/v1/namespaces/n/pods`, or `/api/v1/pods` for those of all namespaces.
     pub(super) path: String,
     pub(super) labels: Vec<(String, String)>,
     pub(super) name: Option<String>,
 }
 
 impl Selection {
+    /// Whether objects of the collection with this path are selected.
+    fn covers(&self, path: &str) -> bool {
+        let (prefix, plural) = self.path.rsplit_once('/').unwrap_or_default();
+        let of_any = path.strip_prefix(prefix).and_then(|rest| rest.strip_prefix("/namespaces/"));
+        path == self.path || of_any.and_then(|rest| rest.split_once('/')).is_some_and(|(_, last)| last == plural)
+    }
+
     fn holds(&self, object: &Value) -> bool {
         let metadata = &object["metadata"];
         self.labels.iter().all(|(key, value)| metadata["labels"][key] == **value)
@@ -33,7 +40,7 @@ pub(super) struct Cluster {
     version: u64,
     /// No watch begins before this version.
     compacted: u64,
-    /// By path and name.
+    /// By path of the collection and name.
     objects: BTreeMap<(String, String), Value>,
     changes: Vec<Change>,
 }
@@ -44,6 +51,9 @@ fn path_of(object: &Value) -> String {
     let api = text(&object["apiVersion"]);
     let prefix = if api.contains('/') { "apis" } else { "api" };
     let plural = format!("{}s", text(&object["kind"]).to_lowercase());
+    if object["metadata"]["namespace"].is_null() {
+        return format!("/{prefix}/{api}/{plural}");
+    }
     format!("/{prefix}/{api}/namespaces/{}/{plural}", text(&object["metadata"]["namespace"]))
 }
 
@@ -62,7 +72,10 @@ impl Cluster {
     }
 
     pub(super) fn delete(&mut self, plural: &str, namespace: &str, name: &str) {
-        let end = format!("/namespaces/{namespace}/{plural}");
+        let end = match namespace {
+            "" => format!("/{plural}"),
+            namespace => format!("/namespaces/{namespace}/{plural}"),
+        };
         let key = self.objects.keys().find(|(path, known)| path.ends_with(&end) && known == name).cloned();
         let key = key.unwrap_or_else(|| panic!("there is no {name} in {end}"));
         let mut before = self.objects.remove(&key).expect("an object");
@@ -84,13 +97,13 @@ impl Cluster {
 
     /// The objects of a selection.
     pub(super) fn list(&self, selection: &Selection) -> Vec<Value> {
-        let of_path = self.objects.iter().filter(|((path, _), _)| *path == selection.path);
+        let of_path = self.objects.iter().filter(|((path, _), _)| selection.covers(path));
         of_path.map(|(_, object)| object.clone()).filter(|object| selection.holds(object)).collect()
     }
 
     /// The events after `version`, and the version up to which they go.
     pub(super) fn events(&self, selection: &Selection, version: u64) -> (Vec<Value>, u64) {
-        let later = self.changes.iter().filter(|change| change.version > version && change.path == selection.path);
+        let later = self.changes.iter().filter(|change| change.version > version && selection.covers(&change.path));
         let event = |change: &Change| {
             let holds = |object: &Option<Value>| object.as_ref().filter(|object| selection.holds(object)).cloned();
             let (kind, object) = match (holds(&change.before), holds(&change.after)) {

@@ -103,3 +103,50 @@ pub fn epp_slice(replicas: &[SocketAddr]) -> Value {
         "endpoints": replicas.iter().map(endpoint).collect::<Vec<_>>(),
     })
 }
+
+/// The namespace of [`gateway`].
+pub const INFRA: &str = "infra";
+
+/// A Gateway of [`INFRA`] with these listeners.
+pub fn gateway(name: &str, listeners: &Value) -> Value {
+    json!({
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "Gateway",
+        "metadata": { "name": name, "namespace": INFRA, "generation": 1, "creationTimestamp": "2026-01-01T00:00:00Z" },
+        "spec": { "gatewayClassName": "penstock", "listeners": listeners },
+    })
+}
+
+/// An HTTPRoute of this namespace that names the Gateway `gateway` of [`INFRA`] as its parent.
+pub fn http_route(namespace: &str, name: &str, gateway: &str, rules: &Value) -> Value {
+    json!({
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "HTTPRoute",
+        "metadata": { "name": name, "namespace": namespace, "creationTimestamp": "2026-01-01T00:00:00Z", "managedFields": [{}] },
+        "spec": { "parentRefs": [{ "name": gateway, "namespace": INFRA }], "rules": rules },
+        "status": { "parents": [] },
+    })
+}
+
+/// A reference of an HTTPRoute to an InferencePool of [`NAMESPACE`].
+pub fn to_pool(name: &str) -> Value {
+    json!({ "group": "inference.networking.k8s.io", "kind": "InferencePool", "namespace": NAMESPACE, "name": name })
+}
+
+/// A ReferenceGrant of [`NAMESPACE`] for HTTPRoutes of this namespace to every InferencePool.
+pub fn grant(from: &str) -> Value {
+    json!({
+        "apiVersion": "gateway.networking.k8s.io/v1beta1",
+        "kind": "ReferenceGrant",
+        "metadata": { "name": format!("from-{from}"), "namespace": NAMESPACE },
+        "spec": {
+            "from": [{ "group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": from }],
+            "to": [{ "group": "inference.networking.k8s.io", "kind": "InferencePool" }],
+        },
+    })
+}
+
+/// A namespace with these labels.
+pub fn namespace(name: &str, labels: &Value) -> Value {
+    json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name, "labels": labels } })
+}

@@ -197,9 +197,13 @@ fn role_permits_reading_what_describes_pools() {
     }
     let expected = [
         "endpointslices.discovery.k8s.io",
+        "gateways.gateway.networking.k8s.io",
+        "httproutes.gateway.networking.k8s.io",
         "inferencepools.inference.networking.k8s.io",
         "inferencepools.inference.networking.x-k8s.io",
+        "namespaces.",
         "pods.",
+        "referencegrants.gateway.networking.k8s.io",
         "services.",
     ];
     assert_eq!(readable, expected.map(str::to_owned).into());

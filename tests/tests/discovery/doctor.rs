@@ -51,3 +51,48 @@ async fn missing_pool_and_missing_server_are_named() {
     let failed = failed(&trials(&scene).await);
     assert!(failed.len() == 1 && failed[0].contains("cannot list inferencepools"), "{failed:?}");
 }
+
+#[tokio::test]
+async fn gateway_its_routes_and_its_permissions_are_tried() {
+    use penstock_agent::config::GatewayRef;
+    use serde_json::json;
+
+    let scene = Scene::new().await;
+    let mut config = Config::new(Vec::new());
+    config.steering.mode = SteeringMode::Off;
+    scene.settings(&mut config);
+    let gateway = GatewayRef { namespace: objects::INFRA.to_owned(), name: "g".to_owned(), port: None };
+    config.kubernetes.gateway = Some(gateway);
+    let tried = async || try_all(&config).await;
+    assert_eq!(failed(&tried().await), ["Gateway infra/g: does not exist"]);
+    let listener =
+        json!({ "name": "l", "port": 80, "protocol": "HTTP", "allowedRoutes": { "namespaces": { "from": "All" } } });
+    scene.api.apply(objects::gateway("g", &json!([listener])));
+    let rules =
+        json!([{ "backendRefs": [objects::to_pool(POOL)] }, { "retry": {}, "backendRefs": [objects::to_pool(POOL)] }]);
+    scene.api.apply(objects::http_route(objects::NAMESPACE, "r", "g", &rules));
+    let trials = tried().await;
+    assert_eq!(
+        (trials[0].name.as_str(), trials[0].found.as_str()),
+        ("Gateway infra/g", "1 HTTPRoutes to 1 InferencePools")
+    );
+    let refused =
+        "Gateway infra/g, the HTTPRoute models/r, rule 1: rules.retry is not implemented: its requests get 500";
+    assert_eq!(failed(&trials), [refused]);
+    assert!(
+        trials.iter().any(|trial| trial.found == "2 ready endpoints, 0 EPP replicas"),
+        "the pool of the route is tried"
+    );
+    scene.api.fail(Faults { forbidden: &["httproutes"], ..Faults::default() });
+    let of = "httproutes.gateway.networking.k8s.io in namespace infra, expected get, list and watch";
+    let access = "Gateway infra/g, access: not permitted to";
+    assert_eq!(failed(&tried().await), [format!("{access} list {of}"), format!("{access} watch {of}")]);
+    // Needed only for some Gateways and routes.
+    scene.api.fail(Faults { forbidden: &["referencegrants"], ..Faults::default() });
+    assert_eq!(failed(&tried().await), [refused]);
+    let mut elsewhere = objects::http_route("team", "s", "g", &json!([{ "backendRefs": [objects::to_pool(POOL)] }]));
+    elsewhere["metadata"]["creationTimestamp"] = "2026-02-01T00:00:00Z".into();
+    scene.api.apply(elsewhere);
+    let of = "referencegrants.gateway.networking.k8s.io in all namespaces, expected get, list and watch";
+    assert_eq!(failed(&tried().await), [format!("{access} list {of}"), format!("{access} watch {of}")]);
+}

@@ -3,6 +3,7 @@
 mod api;
 mod doctor;
 mod epp;
+mod gateway;
 mod outage;
 mod pods;
 mod pools;

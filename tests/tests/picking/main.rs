@@ -5,6 +5,7 @@ mod abridged;
 mod abrupt;
 mod away;
 mod bodies;
+mod changes;
 mod coded;
 mod connected;
 mod conversation;

@@ -50,9 +50,15 @@ fn commented_settings_of_default_file_give_defaults() {
     let text = text.replace("app_protocol = \"http1\"", "app_protocol = \"https\"");
     let text = text.replace("verify = \"ca\"", "verify = \"insecure\"");
     // Excludes what the pool says about its endpoints and its picker.
-    let (before, section) = text.split_once("[pools.inference_pool]").unwrap();
-    let text = format!("{before}{}", section.split_once("\n[").map(|(_, rest)| format!("[{rest}")).unwrap());
-    let config = Config::parse(&text, "p.toml").unwrap();
+    let without = |text: &str, section: &str| {
+        let (before, section) = text.split_once(section).unwrap();
+        format!("{before}{}", section.split_once("\n[").map(|(_, rest)| format!("[{rest}")).unwrap())
+    };
+    let text = without(&without(&text, "[pools.inference_pool]"), "[pools.inference_pools]");
+    // Excludes what forwards a request.
+    let (text, section) = text.split_once("[routes.redirect]").unwrap();
+    assert!(!section.contains("\n["), "redirect is the last section");
+    let config = Config::parse(text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
     assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
@@ -68,11 +74,21 @@ fn commented_settings_of_default_file_give_defaults() {
     assert_eq!(config.pools[0].session_headers, ["x-session-id"]);
     assert_eq!(config.bbr.missing_model, MissingModel::Default("unknown".into()));
     assert_eq!(config.bbr.base_models, [("sql-lora".to_owned(), "llama-3.1-8b".to_owned())].into());
+    assert_eq!(config.routes, [whole_route()]);
+    assert_eq!(config.pools[0].timeouts, times(60, 600, 300));
+}
+
+/// The route of the default file with everything on.
+fn whole_route() -> Route {
     let header = |name: &'static str, value: Option<&str>| HeaderCondition {
         name: http::HeaderName::from_static(name),
         value: value.map(str::to_owned),
     };
-    let route = Route {
+    let field = |name: &'static str, value: &'static str| SetField {
+        name: http::HeaderName::from_static(name),
+        value: http::HeaderValue::from_static(value),
+    };
+    Route {
         hosts: vec![HostPattern::Exact("llm.example.com".into())],
         path: Some(PathPattern::Prefix("/v1".into())),
         methods: vec![http::Method::POST],
@@ -81,15 +97,21 @@ fn commented_settings_of_default_file_give_defaults() {
         base_models: vec!["llama-3.1-8b".into()],
         pools: vec![WeightedPool::new("default", 1)],
         timeouts: times(60, 600, 300),
-    };
-    assert_eq!(config.routes, [route]);
-    assert_eq!(config.pools[0].timeouts, times(60, 600, 300));
+        query: vec![QueryCondition { name: "beta".into(), value: Some("1".into()) }],
+        request_headers: FieldChanges {
+            set: vec![field("x-team", "red")],
+            add: vec![field("x-seen", "1")],
+            remove: Vec::new(),
+        },
+        rewrite: Some(Rewrite { host: Some("llm.internal".into()), path: Some(PathChange::Prefix("/v1".into())) }),
+        ..Route::default()
+    }
 }
 
 /// Arguments are in seconds; `request` is off.
 fn times(body: u64, first_byte: u64, idle: u64) -> TimeoutOverrides {
     let [body, first_byte, idle] = [body, first_byte, idle].map(|seconds| Some(Some(Duration::from_secs(seconds))));
-    TimeoutOverrides { body, first_byte, idle, request: Some(None) }
+    TimeoutOverrides { body, first_byte, idle, request: Some(None), dispatch: Some(None) }
 }
 
 /// Every key is in its section, with a comment and a value.

@@ -60,6 +60,7 @@ const ROWS: &[Row] = &[
     ("[timeouts]", r#"first_byte = "off""#, |c| c.timeouts.first_byte.is_none()),
     ("[timeouts]", r#"idle = "off""#, |c| c.timeouts.idle.is_none()),
     ("[timeouts]", r#"request = "5m""#, |c| c.timeouts.request == Some(seconds(300))),
+    ("[timeouts]", r#"dispatch = "8s""#, |c| c.timeouts.dispatch == Some(seconds(8))),
     ("[timeouts]", r#"endpoint_keep_alive = "5s""#, |c| c.timeouts.endpoint_keep_alive == seconds(5)),
     ("[timeouts]", r#"endpoint_unreachable = "1s""#, |c| c.timeouts.endpoint_unreachable == Some(seconds(1))),
     ("[timeouts]", r#"drain = "24h""#, |c| c.timeouts.drain == seconds(24 * 3600)),
@@ -113,6 +114,9 @@ const ROWS: &[Row] = &[
     ("[kubernetes]", r#"start_wait = "off""#, |c| c.kubernetes.start_wait.is_none()),
     ("[kubernetes]", r#"coalesce = "1s""#, |c| c.kubernetes.coalesce == seconds(1)),
     ("[kubernetes]", r#"watch_timeout = "2s""#, |c| c.kubernetes.watch_timeout == seconds(2)),
+    ("[kubernetes.gateway]", r#"namespace = "infra""#, |c| gateway(c).namespace == "infra"),
+    ("[kubernetes.gateway]", r#"name = "g""#, |c| gateway(c).name == "g"),
+    ("[kubernetes.gateway]", "port = 8080", |c| gateway(c).port == Some(8080)),
     ("[[pools]]", r#"name = "team/gpu""#, |c| c.pools[0].name == "team/gpu"),
     (
         "[[pools]]",
@@ -218,11 +222,15 @@ const ROWS: &[Row] = &[
     ("[pools.timeouts]", r#"first_byte = "2s""#, |c| c.pools[0].timeouts.first_byte == Some(Some(seconds(2)))),
     ("[pools.timeouts]", r#"idle = "3s""#, |c| c.pools[0].timeouts.idle == Some(Some(seconds(3)))),
     ("[pools.timeouts]", r#"request = "off""#, |c| c.pools[0].timeouts.request == Some(None)),
+    ("[pools.timeouts]", r#"dispatch = "4s""#, |c| c.pools[0].timeouts.dispatch == Some(Some(seconds(4)))),
     ("[[routes]]", r#"host = "*.Example.com.""#, |c| c.routes[0].hosts == [HostPattern::Below(".example.com".into())]),
     ("[[routes]]", r#"path = "/v1/models/""#, |c| c.routes[0].path == Some(PathPattern::Exact("/v1/models/".into()))),
     ("[[routes]]", r#"method = ["GET", "HEAD"]"#, |c| c.routes[0].methods == [Method::GET, Method::HEAD]),
     ("[[routes]]", r#"headers = [{ name = "X-A", value = "b c" }]"#, |c| {
         c.routes[0].headers == [HeaderCondition { name: header("x-a"), value: Some("b c".into()) }]
+    }),
+    ("[[routes]]", r#"query = [{ name = "q", value = "1" }]"#, |c| {
+        c.routes[0].query == [QueryCondition { name: "q".into(), value: Some("1".into()) }]
     }),
     ("[[routes]]", r#"model = "l-*""#, |c| c.routes[0].models == [ModelPattern::Prefix("l-".into())]),
     ("[[routes]]", r#"base_model = "b""#, |c| c.routes[0].base_models == ["b"]),
@@ -231,6 +239,16 @@ const ROWS: &[Row] = &[
     ("[routes.timeouts]", r#"first_byte = "off""#, |c| c.routes[0].timeouts.first_byte == Some(None)),
     ("[routes.timeouts]", r#"idle = "1s""#, |c| c.routes[0].timeouts.idle == Some(Some(seconds(1)))),
     ("[routes.timeouts]", r#"request = "1h""#, |c| c.routes[0].timeouts.request == Some(Some(seconds(3600)))),
+    ("[routes.timeouts]", r#"dispatch = "2s""#, |c| c.routes[0].timeouts.dispatch == Some(Some(seconds(2)))),
+    ("[routes.request_headers]", r#"set = [{ name = "X-A", value = "b" }]"#, |c| {
+        c.routes[0].request_headers.set == [field("x-a", "b")]
+    }),
+    ("[routes.request_headers]", r#"add = [{ name = "x-b", value = "" }]"#, |c| {
+        c.routes[0].request_headers.add == [field("x-b", "")]
+    }),
+    ("[routes.request_headers]", r#"remove = ["X-C"]"#, |c| c.routes[0].request_headers.remove == [header("x-c")]),
+    ("[routes.rewrite]", r#"host = "other""#, |c| rewrite(c).host.as_deref() == Some("other")),
+    ("[routes.rewrite]", r#"path = "/a/""#, |c| rewrite(c).path == Some(PathChange::Full("/a/".into()))),
 ];
 
 /// Those that exclude a row above.
@@ -243,6 +261,22 @@ const EXCLUSIVE: &[Row] = &[
     ("[pools.subset]", r#"endpoints = ["127.0.0.1:8000"]"#, |c| {
         c.pools[0].subset.endpoints == [address("127.0.0.1:8000")]
     }),
+    ("[[routes]]\npool = \"a\"\npath_prefix = \"/x\"\n[routes.rewrite]", "path_prefix = \"/v1/\"", |c| {
+        rewrite(c).path == Some(PathChange::Prefix("/v1".into()))
+    }),
+    ("[[routes]]\n[routes.redirect]", "scheme = \"https\"\nhost = \"h\"\nport = 1\npath = \"/b\"\nstatus = 308", |c| {
+        *redirect(c)
+            == Redirect {
+                scheme: Some(RedirectScheme::Https),
+                host: Some("h".into()),
+                port: Some(1),
+                path: Some(PathChange::Full("/b".into())),
+                status: RedirectStatus::PermanentRedirect,
+            }
+    }),
+    ("[[routes]]\npath_prefix = \"/\"\n[routes.redirect]", "path_prefix = \"/\"", |c| {
+        redirect(c).path == Some(PathChange::Prefix(String::new()))
+    }),
     ("[pools.picker]", "kind = \"epp\"\naddress = \"e:1\"\ntls = \"ca\"\nca_file = \"/ca.pem\"", |c| {
         epp(c).tls == ServerTls::Ca("/ca.pem".into())
     }),
@@ -250,11 +284,31 @@ const EXCLUSIVE: &[Row] = &[
 ];
 
 /// Those of a pool without endpoints of its own.
-const DISCOVERED: &[Row] =
-    &[("[pools.inference_pool]", "namespace = \"n\"\nname = \"p\"\nversion = \"v1alpha2\"", |c| {
+const DISCOVERED: &[Row] = &[
+    ("[pools.inference_pool]", "namespace = \"n\"\nname = \"p\"\nversion = \"v1alpha2\"", |c| {
         let (namespace, name) = ("n".to_owned(), "p".to_owned());
         c.pools[0].inference_pool == Some(InferencePoolRef { namespace, name, version: InferencePoolVersion::V1Alpha2 })
-    })];
+    }),
+    ("[kubernetes.gateway]\nnamespace = \"n\"\nname = \"g\"\n[pools.inference_pools]", r#"from = "gateway""#, |c| {
+        c.pools[0].inference_pools == Some(InferencePools { from: PoolSource::Gateway })
+    }),
+];
+
+fn gateway(config: &Config) -> &GatewayRef {
+    config.kubernetes.gateway.as_ref().unwrap()
+}
+
+fn rewrite(config: &Config) -> &Rewrite {
+    config.routes[0].rewrite.as_ref().unwrap()
+}
+
+fn redirect(config: &Config) -> &Redirect {
+    config.routes[0].redirect.as_ref().unwrap()
+}
+
+fn field(name: &'static str, value: &'static str) -> SetField {
+    SetField { name: header(name), value: http::HeaderValue::from_static(value) }
+}
 
 fn tls(config: &Config) -> &ListenTls {
     config.listen.tls.as_ref().unwrap()
@@ -307,7 +361,7 @@ fn every_setting_has_a_row() {
                 Shape::Section(keys) | Shape::Sections(keys) => collect(&format!("{below}."), keys, missing),
                 Shape::Value { .. } => {
                     let is_row = |(section, setting, _): &Row| {
-                        let section = section.trim_matches(['[', ']']);
+                        let section = section.lines().last().unwrap_or_default().trim_matches(['[', ']']);
                         setting.lines().any(|line| line.starts_with(&format!("{} = ", key.name)))
                             && format!("{section}.") == *path
                     };

@@ -95,6 +95,52 @@ fn wrong_routes_are_rejected() {
 }
 
 #[test]
+fn contradicting_changes_are_rejected() {
+    let cases = [
+        (
+            "pool = \"a\"\n[routes.redirect]",
+            "5:1: routes[0].pool: found a setting of requests that are forwarded, expected redirect alone",
+        ),
+        (
+            "[routes.redirect]\n[routes.rewrite]",
+            "6:9: routes[0].rewrite: found a setting of requests that are forwarded, expected redirect alone",
+        ),
+        (
+            "[routes.redirect]\nstatus = 305",
+            "6:10: routes[0].redirect.status: found 305, expected 301, 302, 303, 307 or 308",
+        ),
+        ("[routes.redirect]\nport = 0", "6:8: routes[0].redirect.port: found 0, expected an integer from 1 to 65535"),
+        (
+            "pool = \"a\"\n[routes.rewrite]\npath_prefix = \"/b\"",
+            "7:1: routes[0].rewrite.path_prefix: found a prefix to replace in a route without one, expected path_prefix in the route",
+        ),
+        (
+            "path = \"/a\"\n[routes.redirect]\npath_prefix = \"/b\"",
+            "7:1: routes[0].redirect.path_prefix: found a prefix to replace in a route without one, expected path_prefix in the route",
+        ),
+        (
+            "pool = \"a\"\n[routes.rewrite]\npath = \"/b\"\npath_prefix = \"/b\"",
+            "8:1: routes[0].rewrite.path_prefix: found a second change of the path, expected path or path_prefix",
+        ),
+        (
+            "pool = \"a\"\n[routes.rewrite]\npath = \"/é\"",
+            "7:8: routes[0].rewrite.path: found \"/é\", expected a path of printable ASCII that starts with \"/\", without query",
+        ),
+        (
+            "pool = \"a\"\n[routes.request_headers]\nremove = [\"Host\"]",
+            "7:11: routes[0].request_headers.remove[0]: found \"Host\", expected the name of a header that does not frame the message",
+        ),
+        (
+            "pool = \"a\"\n[routes.request_headers]\nset = [{ name = \"x\", value = \" \" }]",
+            "7:30: routes[0].request_headers.set[0].value: found \" \", expected a header value without surrounding white space",
+        ),
+    ];
+    for (route, expected) in cases {
+        assert_message(&format!("{POOL}[[routes]]\n{route}"), &format!("p.toml:{expected}"));
+    }
+}
+
+#[test]
 fn model_condition_without_bbr_is_rejected() {
     assert_message(
         &format!("[bbr]\nenabled = false\n{POOL}[[routes]]\npool = \"a\"\nmodel = \"m\""),
@@ -124,6 +170,9 @@ fn unreachable_route_is_rejected() {
         ("method = \"GET\"", "method = [\"GET\", \"POST\"]", false),
         ("headers = [{ name = \"a\" }]", "headers = [{ name = \"A\", value = \"1\" }, { name = \"b\" }]", true),
         ("headers = [{ name = \"a\", value = \"1\" }]", "headers = [{ name = \"a\" }]", false),
+        ("query = [{ name = \"a\" }]", "query = [{ name = \"a\", value = \"1\" }, { name = \"b\" }]", true),
+        ("query = [{ name = \"a\", value = \"1\" }]", "query = [{ name = \"a\" }]", false),
+        ("query = [{ name = \"a\" }]", "query = [{ name = \"A\" }]", false),
     ];
     for (earlier, later, unreachable) in rows {
         let text = format!("{POOL}[[routes]]\npool = \"a\"\n{earlier}\n[[routes]]\npool = \"a\"\n{later}");
