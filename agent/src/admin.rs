@@ -21,7 +21,9 @@ use std::{
 use futures_util::FutureExt as _;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::{net::TcpStream, sync::oneshot, task::LocalSet};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     kernel::wire::Registry,
@@ -37,6 +39,9 @@ use places::{AdminPlace, Places};
 #[derive(Debug)]
 pub struct AdminHandle {
     local_addr: SocketAddr,
+    /// A duplicate for another process.
+    listener: Mutex<Option<TcpListener>>,
+    gates: AdminGates,
     /// The server stops when this sender is dropped.
     stop: Option<oneshot::Sender<Infallible>>,
     thread: Option<JoinHandle<()>>,
@@ -47,11 +52,35 @@ impl AdminHandle {
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
+
+    /// Begins to accept.
+    pub fn accept(&self) {
+        self.gates.begin.cancel();
+    }
+
+    /// A duplicate of the listening socket; `None` after [`release`](Self::release).
+    pub fn socket(&self) -> io::Result<Option<TcpListener>> {
+        self.listener.lock().as_ref().map(TcpListener::try_clone).transpose()
+    }
+
+    /// Leaves the socket to another process: accepts no more connections, and answers those that it has.
+    pub fn release(&self) {
+        *self.listener.lock() = None;
+        self.gates.release.cancel();
+    }
+}
+
+/// When the server accepts.
+#[derive(Debug, Clone, Default)]
+struct AdminGates {
+    begin: CancellationToken,
+    release: CancellationToken,
 }
 
 impl Drop for AdminHandle {
     fn drop(&mut self) {
         self.stop = None;
+        *self.listener.lock() = None;
         if let Some(thread) = self.thread.take() {
             // Its panic has been counted.
             let _ = thread.join();
@@ -59,7 +88,7 @@ impl Drop for AdminHandle {
     }
 }
 
-/// Serves requests on `listener`. `verbose` returns the lines that `/readyz?verbose` adds; it runs on the admin thread
+/// Serves requests on `listener`, which accepts after [`AdminHandle::accept`]. `verbose` returns the lines that `/readyz?verbose` adds; it runs on the admin thread
 /// and must not block. `flows` are those of path `wire`, if it is in use.
 pub fn start(
     listener: TcpListener,
@@ -93,23 +122,34 @@ const PAUSE: Duration = Duration::from_millis(10);
 fn serve(listener: TcpListener, answers: Answers, bounds: Bounds, watch: &PanicWatch) -> io::Result<AdminHandle> {
     listener.set_nonblocking(true)?;
     let local_addr = listener.local_addr()?;
+    let duplicate = Mutex::new(Some(listener.try_clone()?));
+    let gates = AdminGates::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let listener = {
         let _inside = runtime.enter();
         tokio::net::TcpListener::from_std(listener)?
     };
     let (stop, stopped) = oneshot::channel::<Infallible>();
-    let watch = watch.clone();
+    let (watch, opened) = (watch.clone(), gates.clone());
     let work = move || {
         LocalSet::new().block_on(&runtime, async {
+            let accepting = async {
+                opened.begin.cancelled().await;
+                tokio::select! {
+                    () = accept(listener, Rc::new(answers), bounds) => {}
+                    () = opened.release.cancelled() => {}
+                }
+                // Connections are answered until the stop.
+                std::future::pending::<()>().await;
+            };
             tokio::select! {
-                () = accept(listener, Rc::new(answers), bounds) => {}
+                () = accepting => {}
                 _ = stopped => {}
             }
         });
     };
     let thread = thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
-    Ok(AdminHandle { local_addr, stop: Some(stop), thread: Some(thread) })
+    Ok(AdminHandle { local_addr, listener: duplicate, gates, stop: Some(stop), thread: Some(thread) })
 }
 
 /// Accepts every connection; one beyond the bounds replaces an older one.
@@ -203,7 +243,9 @@ mod tests {
         let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose), None);
         let listener = TcpListener::bind(ANY_PORT).unwrap();
         let watch = PanicWatch::new(&readiness, Probe::default());
-        Server { metrics, readiness, handle: serve(listener, answers, bounds, &watch).unwrap() }
+        let handle = serve(listener, answers, bounds, &watch).unwrap();
+        handle.accept();
+        Server { metrics, readiness, handle }
     }
 
     fn patient() -> Bounds {
@@ -353,6 +395,31 @@ mod tests {
         assert!(TcpStream::connect(addr).is_err());
         // RST or FIN, depending on whether the connection had been accepted.
         let _ = (&open).read(&mut [0; 1]);
+    }
+
+    /// As when another process takes over: connections wait for the one that accepts, and those accepted are answered.
+    #[test]
+    fn released_server_answers_its_connections_and_accepts_no_more() {
+        let server = server(patient());
+        let other = server.handle.socket().unwrap().unwrap();
+        let mut open = connect(&server);
+        open.write_all(b"GET /livez HTTP/1.1\r\n").unwrap();
+        assert_eq!(ask(&server, "GET /livez").0, 200);
+        server.handle.release();
+        assert!(server.handle.socket().unwrap().is_none());
+        // It may accept for a moment.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut clients = Vec::new();
+        let accepted = loop {
+            clients.push(connect(&server));
+            if let Ok((_, peer)) = other.accept() {
+                break peer;
+            }
+            assert!(Instant::now() < deadline, "still accepting");
+        };
+        assert!(clients.iter().any(|client| client.local_addr().unwrap() == accepted));
+        open.write_all(b"Host: a\r\n\r\n").unwrap();
+        assert!(rest(open).ends_with("ok\n"));
     }
 
     #[test]

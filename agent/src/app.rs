@@ -2,7 +2,7 @@
 //!
 //! Takes a validated configuration and returns a running [`Agent`]. Everything that can fail at start fails in
 //! [`Agent::start`], before a request is accepted. Workers, the admin server and the kernel events run on their own
-//! threads.
+//! threads. An agent that takes over from another one starts without accepting, by [`Agent::start_waiting`].
 
 mod outlive;
 mod sockets;
@@ -13,13 +13,17 @@ use std::{
     net::{SocketAddr, TcpListener},
     sync::Arc,
     thread::JoinHandle,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use caps::errors::CapsError;
 use parking_lot::Mutex;
 
-use self::{sockets::Sockets, workers::WorkerGates};
+use self::{
+    sockets::Sockets,
+    workers::{WorkerGates, WorkerThread},
+};
 use crate::{
     admin::{self, AdminHandle},
     capability,
@@ -39,6 +43,7 @@ use crate::{
     room::Room,
     shared::{Shared, names},
     steer::SteeringSupport,
+    takeover::{Inherited, Passed, Role},
     telemetry::{Exporter, Telemetry},
     tls::Certificate,
 };
@@ -50,7 +55,15 @@ pub struct Agent {
     kubernetes: Mutex<Option<KubernetesDiscovery>>,
     readiness: Readiness,
     admin: AdminHandle,
-    workers: Vec<JoinHandle<()>>,
+    /// The service manager has the admin socket, too.
+    admin_held: bool,
+    /// The sockets for clients.
+    sockets: Mutex<Sockets>,
+    /// What the sockets that this agent took over from another one are for.
+    taken: Vec<Role>,
+    workers: Vec<WorkerThread>,
+    /// Keeps adopted flows.
+    keeper: Option<JoinHandle<()>>,
     watch: PanicWatch,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
@@ -71,6 +84,13 @@ impl Agent {
 
     /// Like [`start`](Self::start), with a probe that makes the agent fail; for tests.
     pub fn start_with(file: Config, probe: Probe) -> Result<Self> {
+        let agent = Self::start_waiting(file, probe, Inherited::default())?;
+        agent.accept()?;
+        Ok(agent)
+    }
+
+    /// Starts the agent with these sockets, without accepting from them; [`accept`](Self::accept) begins to.
+    pub(crate) fn start_waiting(file: Config, probe: Probe, mut inherited: Inherited) -> Result<Self> {
         let known = kubernetes::last_known(&file);
         let config = inference_pools::merged(&file, &known);
         let count = match config.listen.workers {
@@ -87,8 +107,9 @@ impl Agent {
         let leaves = outlive::leaves(&ladder, &config.steering);
         let keeper = outlive::adopt(&mut ladder, leaves);
         ladder.announce(&metrics);
-        let admin = sockets::bind_admin(config.admin.address)?;
-        let sockets = Sockets::bind(&config.listen, count)?;
+        let (admin, admin_held) = sockets::open_admin(config.admin.address, &mut inherited)?;
+        let mut sockets = Sockets::open(&config.listen, count, &mut inherited)?;
+        let taken = inherited.used();
         let own = sockets.own(&admin)?;
 
         // Everything is loaded and bound. From here on only the workers, and this thread until it has started them,
@@ -108,27 +129,26 @@ impl Agent {
         let admin = capability::with(&[], || start_admin(admin, &shared, &readiness, &room, status, flows, &watch))?;
 
         supervise(&steering, &sockets, &shared.metrics, &watch)?;
-        let acceptor = certificate
-            .map(|certificate| certificate.acceptor(config.listen.http2_max_streams > 0, config.listen.tls_handshakes));
-        let (address, tls_address) = (sockets.address()?, sockets.tls_address()?);
-        // Nothing can fail after this but a thread.
-        let listeners = sockets.listen(acceptor.transpose()?.as_ref())?;
-        let mut workers = workers::start(listeners, gates, &live, &steering, &room, &watch)?;
-        if let Some(keeper) = keeper {
-            workers.push(outlive::keep(keeper, live.updates(), watch.clone())?);
+        if let Some(certificate) = certificate {
+            let http2 = config.listen.http2_max_streams > 0;
+            sockets.secure(certificate.acceptor(http2, config.listen.tls_handshakes)?);
         }
+        let (address, tls_address) = (sockets.address(), sockets.tls_address());
+        let workers = workers::start(gates, &live, &steering, &room, &watch)?;
+        let keeper = keeper.map(|keeper| outlive::keep(keeper, live.updates(), watch.clone())).transpose()?;
         // Threads that this one starts at a later reload have no capabilities either.
         let _ = capability::keep(&[]);
         privileges.log();
-        let tls = tls_address.map(tracing::field::display);
-        let admin_address = admin.local_addr();
-        tracing::info!(%address, tls, admin = %admin_address, workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
         Ok(Self {
             live,
             kubernetes: Mutex::new(kubernetes),
             readiness,
             admin,
+            admin_held,
+            sockets: Mutex::new(sockets),
+            taken,
             workers,
+            keeper,
             watch,
             address,
             tls_address,
@@ -136,6 +156,47 @@ impl Agent {
             leaves,
             exporter,
         })
+    }
+
+    /// Begins to accept connections.
+    pub(crate) fn accept(&self) -> Result<()> {
+        let listeners = self.sockets.lock().listen(self.workers.len()).context("cannot listen")?;
+        for (worker, listeners) in self.workers.iter().zip(listeners) {
+            // A worker that has failed has no use for them.
+            listeners.into_iter().for_each(|listener| drop(worker.listeners.send(listener)));
+        }
+        self.admin.accept();
+        let (address, tls, admin) =
+            (self.address, self.tls_address.map(tracing::field::display), self.admin.local_addr());
+        let workers = self.workers.len();
+        tracing::info!(%address, tls, %admin, workers, "penstock {}", env!("CARGO_PKG_VERSION"));
+        Ok(())
+    }
+
+    /// Duplicates of the listening sockets, for the agent after this one.
+    pub(crate) fn passed(&self) -> io::Result<Vec<Passed>> {
+        let mut passed = self.sockets.lock().passed()?;
+        let admin = self.admin.socket()?.map(|socket| Passed { role: Role::Admin, held: self.admin_held, socket });
+        passed.extend(admin);
+        Ok(passed)
+    }
+
+    /// What the sockets are for that were taken over from the agent before this one.
+    pub(crate) fn taken(&self) -> &[Role] {
+        &self.taken
+    }
+
+    /// Leaves the sockets of `roles` to the agent after this one: accepts no more connections from them, and does not close them.
+    pub(crate) fn hand_over(&self, roles: &[Role]) {
+        self.sockets.lock().release(roles);
+        if roles.contains(&Role::Admin) {
+            self.admin.release();
+        }
+    }
+
+    /// The longest time that a worker has not come round to its own work, which it does every second.
+    pub(crate) fn silence(&self) -> Duration {
+        self.workers.iter().map(WorkerThread::silence).max().unwrap_or_default()
     }
 
     /// The address of the plain listener, with the port that was bound.
@@ -201,6 +262,7 @@ impl Agent {
     /// Stops accepting connections; running requests may finish.
     pub fn drain(&self) {
         self.leave();
+        self.sockets.lock().close();
         self.live.shared().draining.cancel();
         if let Some(wire) = self.ladder.steering().wire().filter(|_| self.leaves) {
             wire.leave();
@@ -215,7 +277,8 @@ impl Agent {
 
     /// Whether every worker has ended.
     pub fn is_done(&self) -> bool {
-        self.workers.iter().all(JoinHandle::is_finished)
+        let workers = self.workers.iter().all(WorkerThread::is_finished);
+        workers && self.keeper.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Whether a worker or another thread failed. The agent is then unready and should be drained.
@@ -234,9 +297,10 @@ impl Agent {
     }
 
     fn join_workers(&mut self) {
-        for worker in self.workers.drain(..) {
-            // A worker's panic has been logged already.
-            let _ = worker.join();
+        self.workers.drain(..).for_each(WorkerThread::join);
+        if let Some(keeper) = self.keeper.take() {
+            // Its panic has been logged already.
+            let _ = keeper.join();
         }
         *self.kubernetes.lock() = None;
         self.live.stop();

@@ -6,12 +6,12 @@ use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, process::ExitCode, 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum, builder::RangedU64ValueParser};
 use penstock_agent::{
-    Agent, capability,
+    capability,
     command::{detach, prepare},
     config::{self, Bpffs, Config, ConfigErrors, Overrides, SteeringMode},
     epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls},
     logging, panics,
-    run::{self, Signals},
+    run::{self, Activated, Signals, StartWith},
     trial::{self, Trial},
 };
 use tracing_subscriber::EnvFilter;
@@ -174,6 +174,8 @@ enum TlsArgs {
 
 impl Cli {
     pub(crate) fn run(self) -> ExitCode {
+        // Takes inherited descriptors before anything opens one.
+        let activated = if matches!(self.verb, Verb::Run(_)) { Activated::take() } else { Ok(Activated::default()) };
         // Drops capabilities while this is the only thread. Commands other than `run` and `epp` keep the capabilities
         // they were started with.
         let serves = matches!(self.verb, Verb::Run(_) | Verb::Epp(_));
@@ -190,7 +192,7 @@ impl Cli {
             _ => None,
         };
         let process = match &self.verb {
-            Verb::Epp(epp) => Some(config::Process { user: epp.user.0, groups: Vec::new() }),
+            Verb::Epp(epp) => Some(config::Process { user: epp.user.0, ..config::Process::default() }),
             _ => config.as_ref().map(|config| config.process.clone()),
         };
         let wire = config.as_ref().filter(|config| config.steering.mode == SteeringMode::Wire);
@@ -217,8 +219,8 @@ impl Cli {
             Verb::Run(configured) => report(config.context("the configuration was not read").and_then(|config| {
                 config.log_warnings();
                 let signals = Signals::install()?;
-                let agent = Agent::start(config)?;
-                run::until_ended(agent, signals, move || configured.read()).map(|()| ExitCode::SUCCESS)
+                let start = StartWith::prepare(&config, activated?)?;
+                run::start_and_run(config, start, signals, move || configured.read()).map(|()| ExitCode::SUCCESS)
             })),
             Verb::Check(configured) | Verb::Config { verb: ConfigVerb::Check(configured) } => check(&configured),
             Verb::Doctor(doctor) => doctor.run(),

@@ -108,7 +108,7 @@ settings! {
         pub steering: Steering = Steering::default() => section(),
         /// Export of spans to an OpenTelemetry collector. The trace context is forwarded even if this is off.
         pub tracing: Tracing = Tracing::default() => section(),
-        /// The user that the agent runs as if it is started as root.
+        /// The user that the agent runs as if it is started as root, and how the next agent takes over.
         pub process: Process = Process::default() => section(),
         /// Where this agent runs. `pools.subset.prefer` compares it with the node and zone of the endpoints.
         pub node: Node = Node::default() => section(),
@@ -198,6 +198,7 @@ impl Config {
         self.limits.check(&root.at("limits"));
         self.bbr.check(&root.at("bbr"));
         self.steering.check(&root.at("steering"));
+        self.process.check(&root.at("process"));
         self.dns.check(&root.at("dns"));
         self.kubernetes.check(&root.at("kubernetes"));
         let tls = self.listen.tls.as_ref().map(|tls| tls.address);

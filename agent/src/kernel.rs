@@ -7,6 +7,7 @@
 mod bpf;
 mod btf;
 pub mod cgroup;
+pub mod descriptors;
 pub mod events;
 mod grace;
 mod object;

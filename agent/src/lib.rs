@@ -53,6 +53,7 @@ mod tls;
 mod proxy_header;
 mod connection;
 mod server;
+mod takeover;
 mod reload;
 mod control;
 mod live;
@@ -62,6 +63,7 @@ mod kubernetes;
 #[path = "no_kubernetes.rs"]
 mod kubernetes;
 mod app;
+mod notify;
 pub mod run;
 pub mod epp_server;
 

@@ -7,11 +7,17 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 /// The readiness of one agent. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness {
-    state: Arc<Mutex<ReadinessState>>,
+pub struct Readiness(Arc<SharedReadiness>);
+
+#[derive(Debug, Default)]
+struct SharedReadiness {
+    state: Mutex<ReadinessState>,
+    /// Notified when a gate opens.
+    opened: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -29,33 +35,44 @@ impl Readiness {
     /// Creates a closed gate. Gates may share a name; each has to be opened.
     pub fn gate(&self, name: impl Into<String>) -> Gate {
         let name = name.into();
-        self.state.lock().closed.push(name.clone());
-        Gate { name, state: Arc::clone(&self.state) }
+        self.0.state.lock().closed.push(name.clone());
+        Gate { name, readiness: self.clone() }
     }
 
     /// Makes the agent unready for good. Load balancers stop sending; running responses continue.
     pub fn draining(&self) {
-        self.state.lock().draining = true;
+        self.0.state.lock().draining = true;
     }
 
     /// Makes the agent unready for good, because of `what`.
     pub fn fail(&self, what: impl Into<String>) {
-        self.state.lock().failed.push(what.into());
+        self.0.state.lock().failed.push(what.into());
     }
 
     pub fn is_draining(&self) -> bool {
-        self.state.lock().draining
+        self.0.state.lock().draining
     }
 
     pub fn is_ready(&self) -> bool {
-        let state = self.state.lock();
+        let state = self.0.state.lock();
         state.closed.is_empty() && state.failed.is_empty() && !state.draining
+    }
+
+    /// Resolves when the agent is ready. Cancel-safe.
+    pub async fn ready(&self) {
+        loop {
+            let opened = self.0.opened.notified();
+            if self.is_ready() {
+                return;
+            }
+            opened.await;
+        }
     }
 
     /// What keeps the agent from being ready, each name once: a drain, then failed parts, then closed gates in creation
     /// order. Empty if the agent is ready.
     pub fn pending(&self) -> Vec<String> {
-        let state = self.state.lock();
+        let state = self.0.state.lock();
         let mut names: Vec<String> = Vec::new();
         let gates = state.failed.iter().chain(&state.closed).map(String::as_str);
         for name in state.draining.then_some("draining").into_iter().chain(gates) {
@@ -73,15 +90,18 @@ impl Readiness {
 #[must_use = "a gate that is dropped stays closed for good"]
 pub struct Gate {
     name: String,
-    state: Arc<Mutex<ReadinessState>>,
+    readiness: Readiness,
 }
 
 impl Gate {
     pub fn open(self) {
-        let mut state = self.state.lock();
+        let SharedReadiness { state, opened } = &*self.readiness.0;
+        let mut state = state.lock();
         if let Some(index) = state.closed.iter().position(|name| *name == self.name) {
             state.closed.remove(index);
         }
+        drop(state);
+        opened.notify_waiters();
     }
 }
 
@@ -102,6 +122,23 @@ mod tests {
         picker.open();
         assert!(readiness.is_ready());
         assert!(readiness.pending().is_empty());
+    }
+
+    #[tokio::test]
+    async fn last_gate_wakes_who_waits_for_readiness() {
+        let readiness = Readiness::new();
+        let gates = [readiness.gate("listeners"), readiness.gate("picker")];
+        let waiting = tokio::spawn({
+            let readiness = readiness.clone();
+            async move { readiness.ready().await }
+        });
+        for gate in gates {
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            gate.open();
+        }
+        waiting.await.unwrap();
+        readiness.ready().await;
     }
 
     #[test]

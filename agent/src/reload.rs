@@ -63,7 +63,9 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         ("admin", *admin != after.admin),
         ("steering", *steering != after.steering),
         ("tracing", *tracing != after.tracing),
-        ("process", *process != after.process),
+        ("process.user", process.user != after.process.user),
+        ("process.groups", process.groups != after.process.groups),
+        ("process.upgrade_socket", process.upgrade_socket != after.process.upgrade_socket),
         ("kubernetes", *kubernetes != after.kubernetes),
     ]
     .into_iter()

@@ -1,9 +1,12 @@
-//! Runs an agent until it ends: reloads the configuration at SIGHUP, and stops at SIGTERM, SIGINT or a failure of one
-//! of its parts.
+//! Runs an agent until it ends: reloads the configuration at SIGHUP, and stops at SIGTERM, SIGINT, a failure of one
+//! of its parts, or when another agent has taken over.
 //!
 //! Stops in three steps. For `timeouts.lame_duck` the agent still accepts, while `/readyz` and each answer send clients
 //! elsewhere. Then the port closes, and running requests may finish within `timeouts.drain`. Then what still runs is
-//! aborted. A second signal aborts immediately.
+//! aborted. A second signal aborts immediately. If another agent has taken over, the port stays open there, and
+//! `process.upgrade_drain` is the limit.
+
+mod begin;
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -13,13 +16,23 @@ use tokio::{
     time::Instant,
 };
 
+pub use self::begin::{Activated, StartWith};
+use self::begin::{Begins, Begun, begin};
 use crate::{
     app::Agent,
-    config::{Config, ConfigErrors, Timeouts},
+    config::{Config, ConfigErrors},
+    notify::Notifier,
+    probe::Probe,
+    takeover::giving::{Giving, Successor, UpgradeSocket},
 };
 
 /// Time between two checks whether a drain is done.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Time between two signs of life of a worker.
+const WORKER_PULSE: Duration = Duration::from_secs(1);
+/// A drain without a limit.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// The signal handlers, with their runtime.
 pub struct Signals {
@@ -47,31 +60,67 @@ impl Signals {
 struct Leave {
     lame_duck: Duration,
     drain: Duration,
+    /// Instead of `drain`, after another agent has taken over.
+    upgrade_drain: Option<Duration>,
 }
 
-impl From<&Timeouts> for Leave {
-    fn from(timeouts: &Timeouts) -> Self {
-        Self { lame_duck: timeouts.lame_duck.unwrap_or_default(), drain: timeouts.drain }
+impl From<&Config> for Leave {
+    fn from(Config { timeouts, process, .. }: &Config) -> Self {
+        let lame_duck = timeouts.lame_duck.unwrap_or_default();
+        Self { lame_duck, drain: timeouts.drain, upgrade_drain: process.upgrade_drain }
     }
 }
 
-/// Runs until the agent has ended. `read` reads the current configuration. Returns an error if a part of the agent
-/// failed.
+/// Starts the agent with `start` and runs it until it has ended. `read` reads the current configuration. Returns an error if the agent
+/// cannot start or a part of it failed.
+pub fn start_and_run(
+    config: Config,
+    start: StartWith,
+    signals: Signals,
+    read: impl Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static,
+) -> anyhow::Result<()> {
+    let StartWith { inherited, taking, upgrade } = start;
+    let agent = Agent::start_waiting(config, Probe::default(), inherited)?;
+    run(agent, Begins::Waiting(taking), upgrade, signals, read)
+}
+
+/// As [`start_and_run`], for an agent that already accepts.
 pub fn until_ended(
     agent: Agent,
+    signals: Signals,
+    read: impl Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static,
+) -> anyhow::Result<()> {
+    run(agent, Begins::Accepting, None, signals, read)
+}
+
+fn run(
+    agent: Agent,
+    begins: Begins,
+    upgrade: Option<UpgradeSocket>,
     signals: Signals,
     read: impl Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static,
 ) -> anyhow::Result<()> {
     let Signals { runtime, terminate, interrupt, hangup } = signals;
     let agent = Arc::new(agent);
     let reloads = Reloads { agent: Arc::clone(&agent), read: Arc::new(read), running: None, again: false };
-    runtime.block_on(live(&agent, StopSignals { terminate, interrupt }, hangup, reloads));
+    let mut stop = StopSignals { terminate, interrupt };
+    let ran = runtime.block_on(async {
+        let begun = begin(&agent, begins, &mut stop).await?;
+        if begun == Begun::Accepting {
+            let mut running = Running { agent: &agent, stop, reloads, notifier: Notifier::from_env() };
+            running.live(hangup, upgrade).await?;
+        }
+        anyhow::Ok(begun)
+    });
     runtime.shutdown_background();
     let failed = agent.has_failed();
     match Arc::into_inner(agent) {
-        Some(agent) => agent.join(),
+        Some(agent) if ran.as_ref().is_ok_and(|begun| *begun == Begun::Accepting) => agent.join(),
+        // It has no connections.
+        Some(agent) => drop(agent),
         None => tracing::warn!("a reload still reads its files, stopping without it"),
     }
+    ran?;
     tracing::info!("stopped");
     anyhow::ensure!(!failed, "a part of the agent failed, see the log");
     Ok(())
@@ -126,39 +175,119 @@ impl<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static> Reloads<R>
     }
 }
 
-async fn live<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static>(
-    agent: &Agent,
-    mut stop: StopSignals,
-    mut hangup: Signal,
-    mut reloads: Reloads<R>,
-) {
-    let mut leave = Leave::from(&agent.config().timeouts);
-    loop {
-        tokio::select! {
-            () = stop.requested() => break,
-            () = agent.failed() => break,
-            _ = hangup.recv() => reloads.start(),
-            done = reloads.done() => leave = done.unwrap_or(leave),
+/// An agent that accepts.
+struct Running<'a, R> {
+    agent: &'a Arc<Agent>,
+    stop: StopSignals,
+    reloads: Reloads<R>,
+    notifier: Notifier,
+}
+
+impl<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static> Running<'_, R> {
+    async fn live(&mut self, mut hangup: Signal, upgrade: Option<UpgradeSocket>) -> io::Result<()> {
+        let agent = self.agent;
+        let weak = Arc::downgrade(agent);
+        let passed = move || weak.upgrade().map_or_else(|| Ok(Vec::new()), |agent| agent.passed());
+        let mut giving = upgrade.map(|upgrade| upgrade.publish(passed)).transpose()?;
+        let mut leave = Leave::from(&agent.config());
+        let mut told_ready = false;
+        if !agent.readiness().is_ready() {
+            self.notifier.waiting(&agent.readiness().pending());
         }
-    }
-    tracing::info!(lame_duck = ?leave.lame_duck, deadline = ?leave.drain, "draining");
-    agent.leave();
-    tokio::select! {
-        () = stop.requested() => agent.force(),
-        () = tokio::time::sleep(leave.lame_duck) => {}
-    }
-    agent.drain();
-    let deadline = Instant::now() + leave.drain;
-    let mut forced = false;
-    while !agent.is_done() {
-        tokio::select! {
-            () = stop.requested() => agent.force(),
-            () = tokio::time::sleep_until(deadline), if !forced => {
-                agent.force();
-                forced = true;
+        let successor = loop {
+            tokio::select! {
+                () = self.stop.requested() => break None,
+                () = agent.failed() => break None,
+                successor = successor(&mut giving) => break Some(successor),
+                () = agent.readiness().ready(), if !told_ready => {
+                    self.notifier.ready();
+                    told_ready = true;
+                }
+                _ = hangup.recv() => {
+                    self.notifier.reloading();
+                    self.reloads.start();
+                }
+                done = self.reloads.done() => {
+                    leave = done.unwrap_or(leave);
+                    self.notifier.ready();
+                }
+                () = watch_over(agent, &self.notifier) => {}
             }
-            () = tokio::time::sleep(CHECK_INTERVAL) => {}
+        };
+        match successor {
+            Some(successor) => self.hand_over(successor, &mut leave),
+            None => self.notifier.stopping(),
         }
+        drop(giving);
+        self.drain(leave).await;
+        Ok(())
+    }
+
+    /// Leaves the sockets to an agent that accepts from them.
+    fn hand_over(&mut self, successor: Successor, leave: &mut Leave) {
+        let Successor { roles, pid, program, done } = successor;
+        self.agent.hand_over(&roles);
+        self.notifier.handed_over(pid);
+        leave.drain = leave.upgrade_drain.unwrap_or(FOREVER);
+        let sockets: Vec<&str> = roles.iter().map(|role| role.name()).collect();
+        tracing::info!(pid, version = program, sockets = sockets.join(","), "another agent has taken over");
+        // It goes on if it has ended meanwhile: so does this one's drain.
+        let _ = done.send(());
+    }
+
+    async fn drain(&mut self, leave: Leave) {
+        let agent = self.agent;
+        tracing::info!(lame_duck = ?leave.lame_duck, deadline = ?leave.drain, "draining");
+        agent.leave();
+        let mut forced = false;
+        let lame_duck = Instant::now() + leave.lame_duck;
+        while Instant::now() < lame_duck && !forced {
+            tokio::select! {
+                () = self.stop.requested() => forced = true,
+                () = tokio::time::sleep_until(lame_duck) => {}
+                () = watch_over(agent, &self.notifier) => {}
+            }
+        }
+        if forced {
+            agent.force();
+        } else {
+            agent.drain();
+        }
+        let deadline = Instant::now() + leave.drain;
+        while !agent.is_done() {
+            tokio::select! {
+                () = self.stop.requested() => agent.force(),
+                () = tokio::time::sleep_until(deadline), if !forced => {
+                    agent.force();
+                    forced = true;
+                }
+                () = tokio::time::sleep(CHECK_INTERVAL) => {}
+            }
+        }
+    }
+}
+
+/// The agent that takes over, if it can. Cancel-safe.
+async fn successor(giving: &mut Option<Giving>) -> Successor {
+    match giving {
+        Some(giving) => giving.successor().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Gives the service manager's watchdog one sign of life, if every worker has one. Cancel-safe.
+async fn watch_over(agent: &Agent, notifier: &Notifier) {
+    let Some(interval) = notifier.watchdog() else { return std::future::pending().await };
+    tokio::time::sleep(interval / 3).await;
+    let silence = agent.silence();
+    // Workers give one each second.
+    if silence < (interval / 3).max(3 * WORKER_PULSE) {
+        notifier.alive();
+    } else {
+        tracing::error!(
+            ?silence,
+            "a worker is stuck, not telling the service manager's watchdog that the agent is alive"
+        );
     }
 }
 
@@ -174,7 +303,7 @@ fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Opt
         }
     };
     config.log_warnings();
-    let leave = Leave::from(&config.timeouts);
+    let leave = Leave::from(&config);
     match agent.reload(config) {
         Ok(()) => {
             tracing::info!("configuration reloaded");

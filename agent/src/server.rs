@@ -5,10 +5,10 @@ mod refusal;
 
 use std::{cell::Cell, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt as _, future::join_all};
+use futures_util::{FutureExt as _, StreamExt as _, future::join_all, stream::FuturesUnordered};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::watch,
+    sync::{mpsc, watch},
     time::timeout,
 };
 use tokio_util::task::TaskTracker;
@@ -36,17 +36,34 @@ const FORCED: Duration = Duration::from_secs(1);
 /// Time limit for handshakes in progress once new ones are refused.
 const HANDSHAKES: Duration = Duration::from_millis(200);
 
-/// A listening socket of a worker.
+/// A listening socket of a worker, which must not block.
 pub struct Listener {
-    pub socket: TcpListener,
+    pub socket: std::net::TcpListener,
     /// Set for clients that speak TLS.
     pub tls: Option<Acceptor>,
+    pub stop: watch::Receiver<Stop>,
+}
+
+/// Whether a listening socket is accepted from, and what happens to the connections in its queue afterwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    No,
+    /// They are accepted before the socket closes.
+    Closed,
+    /// Another process has the socket, too, and accepts them.
+    Released,
 }
 
 /// Serves until drained: returns when the last connection has ended after `draining`, or when `force` aborts them all.
-/// `idle` limits the connections, shared with the other workers. `updates` yields the state after each reload.
-pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, updates: watch::Receiver<Arc<Shared>>) {
-    let draining = worker.shared.draining.clone();
+/// `listeners` yields the sockets to accept from, also later ones. `idle` limits the connections, shared with the other workers.
+/// `updates` yields the state after each reload. `pulse` is called about once a second.
+pub async fn serve(
+    worker: Worker,
+    listeners: mpsc::UnboundedReceiver<Listener>,
+    idle: Rc<Idle>,
+    updates: watch::Receiver<Arc<Shared>>,
+    pulse: impl Fn(),
+) {
     let current = Rc::new(Current::new(worker, idle));
     let accept_loop = AcceptLoop::new(&current);
     let sweep = async {
@@ -54,33 +71,14 @@ pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, upd
             tokio::time::sleep(Duration::from_secs(1)).await;
             current.worker().shared.probe.at(Point::Worker);
             current.worker().sweep();
+            pulse();
         }
     };
     tokio::select! {
-        _ = join_all(listeners.iter().map(|listener| accept_loop.accept_all(listener))) => {}
+        () = accept_loop.accept_everywhere(listeners) => {}
         () = sweep => {}
         () = follow(&current, updates) => {}
         () = current.idle.serve_others() => {}
-        () = draining.cancelled() => {}
-    }
-    // Connections in progress are still accepted. New handshakes are dropped if possible, so that the client is refused
-    // when it tries again.
-    for listener in &listeners {
-        if let Err(error) = socket::refuse_handshakes(&listener.socket) {
-            // Since Linux 6.16 this needs CAP_NET_ADMIN. Without it, a handshake that ends between the last check of
-            // the queue and the close is reset.
-            tracing::debug!(%error, "could not drop new handshakes, accepting them until the port closes");
-        }
-    }
-    let _ = timeout(HANDSHAKES, join_all(listeners.iter().map(|listener| accept_loop.accept_all(listener)))).await;
-    // The raw socket shows whether a connection is left.
-    for Listener { socket, tls } in listeners {
-        let Ok(socket) = socket.into_std() else { continue };
-        while let Ok((stream, peer)) = socket.accept() {
-            let adopted = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
-            let Ok(stream) = adopted else { continue };
-            accept_loop.take(stream, peer, tls.clone());
-        }
     }
     accept_loop.connections.close();
     accept_loop.connections.wait().await;
@@ -122,11 +120,59 @@ impl AcceptLoop {
         }
     }
 
+    /// Accepts from all of `listeners`. Returns after the agent has begun to drain and the last socket is closed.
+    async fn accept_everywhere(&self, mut listeners: mpsc::UnboundedReceiver<Listener>) {
+        let draining = self.current.worker().shared.draining.clone();
+        let mut open = FuturesUnordered::new();
+        while !draining.is_cancelled() || !open.is_empty() {
+            tokio::select! {
+                Some(listener) = listeners.recv() => open.push(self.accept_until_stopped(listener)),
+                Some(()) = open.next() => {}
+                () = draining.cancelled(), if !draining.is_cancelled() => {}
+                else => {}
+            }
+        }
+    }
+
+    /// Accepts from one socket, and closes it when it is stopped.
+    async fn accept_until_stopped(&self, Listener { socket, tls, mut stop }: Listener) {
+        let socket = match TcpListener::from_std(socket) {
+            Ok(socket) => socket,
+            Err(error) => return tracing::error!(%error, "cannot accept from a listening socket"),
+        };
+        let stopped = async {
+            // Without the agent there is nothing to wait for.
+            stop.wait_for(|stop| *stop != Stop::No).await.map_or(Stop::Closed, |stop| *stop)
+        };
+        let stopped = tokio::select! {
+            stopped = stopped => stopped,
+            () = self.accept_all(&socket, tls.as_ref()) => return,
+        };
+        if stopped == Stop::Released {
+            return;
+        }
+        // Connections in progress are still accepted. New handshakes are dropped if possible, so that the client is refused
+        // when it tries again.
+        if let Err(error) = socket::refuse_handshakes(&socket) {
+            // Since Linux 6.16 this needs CAP_NET_ADMIN. Without it, a handshake that ends between the last check of
+            // the queue and the close is reset.
+            tracing::debug!(%error, "could not drop new handshakes, accepting them until the port closes");
+        }
+        let _ = timeout(HANDSHAKES, self.accept_all(&socket, tls.as_ref())).await;
+        // The raw socket shows whether a connection is left.
+        let Ok(socket) = socket.into_std() else { return };
+        while let Ok((stream, peer)) = socket.accept() {
+            let adopted = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+            let Ok(stream) = adopted else { continue };
+            self.take(stream, peer, tls.clone());
+        }
+    }
+
     /// Accepts connections. Never returns.
-    async fn accept_all(&self, Listener { socket, tls }: &Listener) {
+    async fn accept_all(&self, socket: &TcpListener, tls: Option<&Acceptor>) {
         loop {
             let (stream, peer) = self.accept(socket, tls.is_some()).await;
-            if !self.take(stream, peer, tls.clone()) {
+            if !self.take(stream, peer, tls.cloned()) {
                 tokio::time::sleep(PAUSE).await;
             }
         }

@@ -72,6 +72,11 @@ impl AgentProcess {
         Self::start_text(&["env", "PENSTOCK_LOG=info"], text).await
     }
 
+    /// Like [`start_with_text`](Self::start_with_text) through another command.
+    pub async fn start_through_with_text(through: &[&str], text: &str) -> Result<Self> {
+        Self::start_text(through, text).await
+    }
+
     async fn start_text(through: &[&str], text: &str) -> Result<Self> {
         let config = NamedTempFile::new()?;
         std::fs::write(config.path(), text)?;

@@ -17,6 +17,7 @@ use crate::own_runtime::OwnRuntime;
 
 pub use tokio_rustls::client::TlsStream;
 
+#[derive(Clone)]
 pub struct Certificate {
     cert_pem: String,
     key_pem: String,

@@ -1,6 +1,7 @@
-//! Command-line flags and environment variables that override the file: only settings that differ between nodes.
+//! Command-line flags and environment variables that override the file: only settings that differ between nodes, or
+//! with how the agent is started.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use super::{Config, SteeringMode};
 
@@ -25,6 +26,9 @@ pub struct Overrides {
     /// Zone this agent runs in, instead of `node.zone`
     #[arg(long, env = "PENSTOCK_ZONE", value_name = "NAME")]
     pub zone: Option<String>,
+    /// Unix socket at which agents take over from each other, instead of `process.upgrade_socket`
+    #[arg(long, env = "PENSTOCK_UPGRADE_SOCKET", value_name = "PATH")]
+    pub upgrade_socket: Option<PathBuf>,
 }
 
 impl Overrides {
@@ -35,6 +39,7 @@ impl Overrides {
         config.steering.force |= self.force;
         config.node.name = given(&self.node).or(config.node.name.take());
         config.node.zone = given(&self.zone).or(config.node.zone.take());
+        config.process.upgrade_socket = self.upgrade_socket.clone().or(config.process.upgrade_socket.take());
     }
 }
 
@@ -84,7 +89,8 @@ mod tests {
                 "PENSTOCK_STEERING",
                 "PENSTOCK_FORCE",
                 "PENSTOCK_NODE",
-                "PENSTOCK_ZONE"
+                "PENSTOCK_ZONE",
+                "PENSTOCK_UPGRADE_SOCKET"
             ]
         );
     }

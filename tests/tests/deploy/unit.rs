@@ -44,3 +44,16 @@ fn systemd_creates_the_folder_for_state() {
     let [name] = unit("StateDirectory")[..].try_into().expect("one StateDirectory");
     assert_eq!(std::path::Path::new("/var/lib").join(name), folder);
 }
+
+/// The instance that takes over must be of the same user, and find the socket after another one has ended.
+#[test]
+fn systemd_instances_can_take_over_from_each_other() {
+    let [socket] = unit("Environment")[..].try_into().expect("one Environment");
+    let socket = std::path::Path::new(socket.strip_prefix("PENSTOCK_UPGRADE_SOCKET=").expect("an upgrade socket"));
+    let [folder] = unit("RuntimeDirectory")[..].try_into().expect("one RuntimeDirectory");
+    assert_eq!(socket.parent(), Some(std::path::Path::new("/run").join(folder).as_path()));
+    assert_eq!((unit("RuntimeDirectoryPreserve"), unit("User").len()), (vec!["yes"], 1));
+    // The agent tells when it is ready, and exits with 0 after another one has taken over.
+    assert_eq!((unit("Type"), unit("Restart")), (vec!["notify"], vec!["on-failure"]));
+    assert_eq!(unit("TimeoutStartSec"), ["infinity"]);
+}

@@ -18,9 +18,8 @@ use penstock_tests::{
 };
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
-use crate::{ANY_PORT, SOON};
+use crate::{ANY_PORT, MODELS, SOON};
 
-const MODELS: &str = "/v1/models";
 const LIMIT: usize = 4;
 
 async fn server() -> ModelServer {

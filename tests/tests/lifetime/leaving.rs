@@ -14,9 +14,7 @@ use penstock_tests::{
     model_server::Options,
 };
 
-use crate::{ANY_PORT, SOON};
-
-const MODELS: &str = "/v1/models";
+use crate::{ANY_PORT, MODELS, SOON};
 
 async fn server() -> ModelServer {
     ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()

@@ -35,12 +35,14 @@ fn overrides_replace_settings_and_are_checked() {
         force: true,
         node: Some("n2".into()),
         zone: None,
+        upgrade_socket: Some("/u.sock".into()),
     };
     let config = Config::parse_with(POOL, "p.toml", &overrides).unwrap();
     assert_eq!(config.listen.address.port(), 1);
     assert_eq!(config.admin.address.port(), 2);
     assert_eq!((config.steering.mode, config.steering.force), (SteeringMode::Off, true));
     assert_eq!(config.node, Node { name: Some("n2".into()), zone: None });
+    assert_eq!(config.process.upgrade_socket, Some("/u.sock".into()));
 
     let colliding = Overrides { listen: Some("127.0.0.1:9901".parse().unwrap()), ..Overrides::default() };
     let errors = Config::parse_with(POOL, "p.toml", &colliding).unwrap_err();

@@ -103,6 +103,8 @@ const ROWS: &[Row] = &[
     ("[tracing]", r#"export_interval = "2s""#, |c| c.tracing.export_interval == seconds(2)),
     ("[process]", r#"user = "1000:2000""#, |c| c.process.user == Some(User { uid: 1000, gid: 2000 })),
     ("[process]", "groups = [3000, 4000]", |c| c.process.groups == [3000, 4000]),
+    ("[process]", r#"upgrade_socket = "/u.sock""#, |c| c.process.upgrade_socket == Some("/u.sock".into())),
+    ("[process]", r#"upgrade_drain = "off""#, |c| c.process.upgrade_drain.is_none()),
     ("[node]", r#"name = "n1""#, |c| c.node.name.as_deref() == Some("n1")),
     ("[node]", r#"zone = "a""#, |c| c.node.zone.as_deref() == Some("a")),
     ("[dns]", r#"servers = ["[::1]:53"]"#, |c| c.dns.servers == [address("[::1]:53")]),
