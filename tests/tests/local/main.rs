@@ -2,6 +2,7 @@
 //! location on this machine and every end.
 
 mod owned;
+mod pods;
 mod posts;
 mod pressure;
 mod scope;
