@@ -1,4 +1,4 @@
-//! The admin server: `/livez`, `/readyz`, `/metrics`, `/flows`.
+//! The admin server: `/livez`, `/readyz`, `/metrics`; over loopback alone `/flows`, `/pools` and `/log`.
 //!
 //! Runs on its own thread and runtime and holds data-plane locks only while copying, so it answers even if the data
 //! plane is stuck. Each connection carries one request and has a time limit. Probes are answered under overload: a new
@@ -7,6 +7,7 @@
 mod answer;
 mod flows;
 mod places;
+pub(crate) mod pools;
 
 use std::{
     convert::Infallible,
@@ -26,13 +27,14 @@ use tokio::{net::TcpStream, sync::oneshot, task::LocalSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    kernel::wire::Registry,
     metrics::Metrics,
     panics::PanicWatch,
     readiness::Readiness,
     reserve::{Reserve, is_exhausted},
 };
 use answer::Answers;
+
+pub use answer::Inside;
 use places::{AdminPlace, Places};
 
 /// A running admin server. Dropping it stops the server and closes its connections; the address is free afterwards.
@@ -88,17 +90,17 @@ impl Drop for AdminHandle {
     }
 }
 
-/// Serves requests on `listener`, which accepts after [`AdminHandle::accept`]. `verbose` returns the lines that `/readyz?verbose` adds; it runs on the admin thread
-/// and must not block. `flows` are those of path `wire`, if it is in use.
+/// Serves requests on `listener`, which accepts after [`AdminHandle::accept`]. `verbose` returns the lines that
+/// `/readyz?verbose` adds; it runs on the admin thread and must not block.
 pub fn start(
     listener: TcpListener,
     metrics: Arc<Metrics>,
     readiness: Readiness,
     verbose: impl Fn() -> Vec<String> + Send + Sync + 'static,
-    flows: Option<Arc<Registry>>,
+    inside: Inside,
     watch: &PanicWatch,
 ) -> io::Result<AdminHandle> {
-    let answers = Answers::new(metrics, readiness, Box::new(verbose), flows);
+    let answers = Answers::new(metrics, readiness, Box::new(verbose), inside);
     let bounds = Bounds { connections: 128, head: Duration::from_secs(5), whole: Duration::from_secs(30) };
     serve(listener, answers, bounds, watch)
 }
@@ -225,6 +227,8 @@ mod tests {
         time::Instant,
     };
 
+    use serde_json::json;
+
     use super::*;
     use crate::probe::Probe;
 
@@ -240,12 +244,16 @@ mod tests {
         let metrics = Metrics::new(&["a".to_owned()]);
         let readiness = Readiness::new();
         let verbose = || vec!["steering: active (ingress)".to_owned(), "pools: 1".to_owned()];
-        let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose), None);
+        let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose), inside());
         let listener = TcpListener::bind(ANY_PORT).unwrap();
         let watch = PanicWatch::new(&readiness, Probe::default());
         let handle = serve(listener, answers, bounds, &watch).unwrap();
         handle.accept();
         Server { metrics, readiness, handle }
+    }
+
+    fn inside() -> Inside {
+        Inside { flows: None, pools: Box::new(|| json!([{ "name": "a" }])) }
     }
 
     fn patient() -> Bounds {
@@ -310,6 +318,13 @@ mod tests {
     }
 
     #[test]
+    fn pools_are_described_as_json() {
+        let (status, head, body) = ask(&server(patient()), "GET /pools");
+        assert_eq!((status, body.as_str()), (200, "[{\"name\":\"a\"}]\n"));
+        assert!(head.contains("content-type: application/json"), "{head}");
+    }
+
+    #[test]
     fn other_paths_and_methods_are_refused() {
         let server = server(patient());
         for (request, status) in [
@@ -324,6 +339,14 @@ mod tests {
             ("DELETE /flows/10.0.0.1:1", 404),
             ("DELETE /flowsandmore", 404),
             ("DELETE /flows", 200),
+            ("PUT /pools", 405),
+            ("GET /pools/a", 404),
+            ("POST /log", 405),
+            // The tests have no log.
+            ("GET /log", 404),
+            ("PUT /log?filter=debug", 404),
+            ("PUT /log", 400),
+            ("PUT /log?filter=penstock%3Dloud", 400),
             ("OPTIONS /readyz", 405),
             ("HEAD /readyz", 200),
         ] {

@@ -13,7 +13,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     sync::Arc,
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -25,7 +25,7 @@ use self::{
     workers::{WorkerGates, WorkerThread},
 };
 use crate::{
-    admin::{self, AdminHandle},
+    admin::{self, AdminHandle, Inside},
     capability,
     config::{Config, Limits},
     inference_pools::{self, DiscoveryGates, Known},
@@ -126,7 +126,7 @@ impl Agent {
         let status = ladder.lines().into_iter().chain(no_spill(&config.limits)).chain(privileges.lines()).collect();
         let steering = ladder.steering();
         let flows = steering.wire().map(|wire| wire.flows());
-        let admin = capability::with(&[], || start_admin(admin, &shared, &readiness, &room, status, flows, &watch))?;
+        let admin = capability::with(&[], || start_admin(admin, &live, &readiness, &room, status, flows, &watch))?;
 
         supervise(&steering, &sockets, &shared.metrics, &watch)?;
         if let Some(certificate) = certificate {
@@ -353,7 +353,7 @@ impl Services {
 /// Starts the admin server. `status` are lines of `/readyz?verbose`.
 fn start_admin(
     listener: TcpListener,
-    shared: &Shared,
+    live: &Live,
     readiness: &Readiness,
     room: &Arc<Room>,
     status: Vec<String>,
@@ -362,7 +362,13 @@ fn start_admin(
 ) -> Result<AdminHandle> {
     let room = Arc::clone(room);
     let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
-    let admin = admin::start(listener, Arc::clone(&shared.metrics), readiness.clone(), verbose, flows, watch);
+    let (metrics, updates) = (Arc::clone(&live.shared().metrics), live.updates());
+    let pools = move || {
+        let shared = Arc::clone(&updates.borrow());
+        admin::pools::describe(&shared, Instant::now())
+    };
+    let inside = Inside { flows, pools: Box::new(pools) };
+    let admin = admin::start(listener, metrics, readiness.clone(), verbose, inside, watch);
     admin.context("cannot start the admin server")
 }
 

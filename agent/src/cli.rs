@@ -314,19 +314,30 @@ fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
 
 /// Logs to stderr through a separate thread, so that a slow log reader never blocks a worker.
 fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow::Result<logging::LogGuard> {
-    // What the client of the Kubernetes API says about a failure, the discovery says with the pool's name.
-    let whole = if filter.contains("kube_client") { filter.to_owned() } else { format!("{filter},kube_client=off") };
-    let filter = EnvFilter::try_new(whole).unwrap_or_else(|error| {
-        eprintln!("penstock: --log {filter}: {error}; logging at level info");
-        EnvFilter::new("info")
-    });
+    let (filter, text) = match logging::filter::parse(filter) {
+        Ok(parsed) => (parsed, filter),
+        Err(error) => {
+            eprintln!("penstock: --log {filter}: {error}; logging at level info");
+            (EnvFilter::new("info"), "info")
+        }
+    };
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr()) && matches!(format, LogFormat::Text);
     let (writer, guard) =
         logging::start(std::io::stderr(), queue_bytes, colours).context("cannot start the log thread")?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
     match format {
-        LogFormat::Text => builder.init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            let builder = builder.with_filter_reloading();
+            let handle = builder.reload_handle();
+            logging::filter::installed(text, move |filter| handle.reload(filter));
+            builder.init();
+        }
+        LogFormat::Json => {
+            let builder = builder.json().flatten_event(true).with_filter_reloading();
+            let handle = builder.reload_handle();
+            logging::filter::installed(text, move |filter| handle.reload(filter));
+            builder.init();
+        }
     }
     Ok(guard)
 }

@@ -3,6 +3,8 @@
 //! Takes each event as one formatted line and never waits: a line that does not fit is dropped and counted. An event is
 //! always one line without control characters and at most [`LINE`] bytes long.
 
+pub mod filter;
+
 use std::{
     io::{self, Write},
     sync::{

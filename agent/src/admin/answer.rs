@@ -6,10 +6,12 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Bytes;
 use parking_lot::Mutex;
+use serde_json::Value;
 
-use super::flows;
+use super::flows::{self, AskedFlow};
 use crate::{
     kernel::wire::Registry,
+    logging::filter::{self, FilterError},
     metrics::{self, Metrics},
     readiness::Readiness,
 };
@@ -17,9 +19,36 @@ use crate::{
 pub(super) struct Answers {
     pub(super) metrics: Arc<Metrics>,
     readiness: Readiness,
-    flows: Option<Arc<Registry>>,
+    inside: Inside,
     verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
     scrape: Mutex<Scrape>,
+}
+
+/// What is shown and changed over loopback alone.
+pub struct Inside {
+    /// Those of path `wire`, if it is in use.
+    pub flows: Option<Arc<Registry>>,
+    /// Describes the pools.
+    pub pools: Box<dyn Fn() -> Value + Send + Sync>,
+}
+
+/// A resource that is answered over loopback alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum InsideResource {
+    Flows(AskedFlow),
+    Pools,
+    Log,
+}
+
+impl InsideResource {
+    /// What a path names; `None` if it is no such resource.
+    fn asked(path: &str) -> Option<Self> {
+        match path {
+            "/pools" => Some(Self::Pools),
+            "/log" => Some(Self::Log),
+            _ => flows::asked(path).map(Self::Flows),
+        }
+    }
 }
 
 /// The most recently encoded metrics.
@@ -39,18 +68,18 @@ impl Answers {
         metrics: Arc<Metrics>,
         readiness: Readiness,
         verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
-        flows: Option<Arc<Registry>>,
+        inside: Inside,
     ) -> Self {
         let scrape = Scrape { text: Bytes::new(), allowed: SCRAPES, at: Instant::now() };
-        Self { metrics, readiness, flows, verbose, scrape: Mutex::new(scrape) }
+        Self { metrics, readiness, inside, verbose, scrape: Mutex::new(scrape) }
     }
 
     /// `is_local`: the request came over loopback.
     pub(super) fn answer<B>(&self, request: &Request<B>, is_local: bool) -> Response<Full<Bytes>> {
         let path = request.uri().path();
-        if let Some(flow) = flows::asked(path) {
+        if let Some(asked) = InsideResource::asked(path) {
             return if is_local {
-                flows::answer(self.flows.as_deref(), request.method(), flow)
+                self.inside.answer(asked, request.method(), request.uri().query())
             } else {
                 text(StatusCode::FORBIDDEN, "only over loopback\n".to_owned())
             };
@@ -97,6 +126,42 @@ impl Answers {
         }
         text(status, body)
     }
+}
+
+impl Inside {
+    fn answer(&self, asked: InsideResource, method: &Method, query: Option<&str>) -> Response<Full<Bytes>> {
+        let reads = matches!(*method, Method::GET | Method::HEAD);
+        match asked {
+            InsideResource::Flows(flow) => flows::answer(self.flows.as_deref(), method, flow),
+            InsideResource::Pools if reads => document(StatusCode::OK, &(self.pools)()),
+            InsideResource::Pools => not_allowed("GET, HEAD"),
+            InsideResource::Log if reads => match filter::current() {
+                Some(current) => text(StatusCode::OK, format!("{current}\n")),
+                None => text(StatusCode::NOT_FOUND, format!("{}\n", FilterError::Fixed)),
+            },
+            InsideResource::Log if *method == Method::PUT => log(query.unwrap_or_default()),
+            InsideResource::Log => not_allowed("GET, HEAD, PUT"),
+        }
+    }
+}
+
+/// Changes what is logged.
+fn log(query: &str) -> Response<Full<Bytes>> {
+    let wanted = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "filter");
+    let wanted = wanted.map(|(_, filter)| filter).unwrap_or_default();
+    match filter::set(&wanted) {
+        Ok(()) => {
+            // An error, so that every filter shows it.
+            tracing::error!(filter = %wanted, "the admin port has changed what is logged");
+            text(StatusCode::OK, format!("{wanted}\n"))
+        }
+        Err(error @ FilterError::Fixed) => text(StatusCode::NOT_FOUND, format!("{error}\n")),
+        Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+    }
+}
+
+pub(super) fn document(status: StatusCode, document: &Value) -> Response<Full<Bytes>> {
+    respond(status, "application/json", format!("{document}\n").into())
 }
 
 fn is_verbose(query: Option<&str>) -> bool {

@@ -7,7 +7,7 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use serde_json::json;
 
-use super::answer::{not_allowed, respond, text};
+use super::answer::{document, not_allowed, text};
 use crate::kernel::wire::{FlowStop, ListedFlow, Registry};
 
 const PATH: &str = "/flows";
@@ -62,10 +62,6 @@ fn list(flows: Option<&Registry>) -> Response<Full<Bytes>> {
         json!({ "client": client, "endpoint": endpoint, "bytes": bytes, "quiet_ms": quiet.as_millis() as u64, "adopted": is_adopted })
     });
     document(StatusCode::OK, &list.collect())
-}
-
-fn document(status: StatusCode, document: &serde_json::Value) -> Response<Full<Bytes>> {
-    respond(status, "application/json", format!("{document}\n").into())
 }
 
 #[cfg(test)]

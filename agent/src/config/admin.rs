@@ -12,8 +12,8 @@ use super::{
 settings! {
     /// Where probes and metrics are served, and flows of path `wire` are listed and ended.
     pub struct Admin {
-        /// Address of the server for `/livez`, `/readyz`, `/metrics` and `/flows`. `/flows` is answered
-        /// over loopback alone. `--admin` and `PENSTOCK_ADMIN` override it.
+        /// Address of the server for `/livez`, `/readyz` and `/metrics`, and over loopback alone for `/flows`, `/pools` and `/log`.
+        /// `--admin` and `PENSTOCK_ADMIN` override it.
         pub address: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 9901)) => value::listen_address(),
     }
 }

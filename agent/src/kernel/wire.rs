@@ -113,7 +113,7 @@ pub struct Wire {
     _events: RecordEvents,
     attached: Attached,
     /// Where the programs are attached.
-    interfaces: registry::Interfaces,
+    interfaces: registry::AttachedTo,
     flows: MapData,
     legs: MapData,
     rings: MapData,
@@ -148,7 +148,7 @@ impl Wire {
         let registry = Arc::new(Registry::default());
         let events = RecordEvents::start(ring, missed, Arc::clone(&records), Arc::clone(&registry))?;
         let (attached, is_leaving) = (Attached::none(), AtomicBool::new(false));
-        let interfaces = registry::Interfaces::default();
+        let interfaces = registry::AttachedTo::default();
         Ok(Self {
             records,
             registry,

@@ -41,6 +41,37 @@ async fn access_line_of_long_request_is_truncated_and_marked() {
     assert!(line.len() < 4096 && line.contains("bytes)"), "{} bytes", line.len());
 }
 
+#[tokio::test]
+async fn admin_port_changes_what_is_logged() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let mut agent = logging_agent(server.addr, "json").await;
+    let ask = async |method: &str, target: &str| {
+        let mut client = Client::connect(agent.admin).await.unwrap();
+        let answer = client.request(&Request::new(method, target)).await.unwrap();
+        (answer.status(), answer.text())
+    };
+    let access_lines = async |agent: &AgentProcess| {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+        let counted = async || agent.metric("penstock_requests_total", &[]).await.unwrap();
+        let begin = Instant::now();
+        while counted().await < 1.0 {
+            assert!(begin.elapsed() < SOON);
+        }
+        agent.process.output().iter().filter(|line| line.contains("/v1/models")).count()
+    };
+    assert_eq!(ask("GET", "/log").await, (200, "info\n".to_owned()));
+    assert_eq!(ask("PUT", "/log?filter=warn%2Cpenstock_agent%3Derror").await.0, 200);
+    assert_eq!(access_lines(&agent).await, 0);
+    let (status, said) = ask("PUT", "/log?filter=info,penstock_agent=loud").await;
+    assert!(status == 400 && said.contains("found \"info,penstock_agent=loud\""), "{status} {said}");
+    assert_eq!(ask("GET", "/log").await, (200, "warn,penstock_agent=error\n".to_owned()));
+    assert_eq!(ask("PUT", "/log?filter=info").await.0, 200);
+    agent.process.line("the admin port has changed what is logged", SOON).await.unwrap();
+    access_lines(&agent).await;
+    agent.process.line("\"path\":\"/v1/models\"", SOON).await.unwrap();
+}
+
 /// Otherwise the first large body would show it.
 #[tokio::test]
 async fn missing_folder_for_large_bodies_is_reported_at_start() {

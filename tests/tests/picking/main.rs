@@ -22,6 +22,7 @@ mod immediate;
 mod isolation;
 mod leases;
 mod leaving;
+mod listed;
 mod local_faults;
 mod loops;
 mod measured;

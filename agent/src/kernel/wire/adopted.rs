@@ -15,7 +15,7 @@ use penstock_common::wire::flow::{CLIENT, ENDPOINT, Ends, state};
 use super::{
     FlowStop, LINGER, LastBytes, Seen, Wire, WireError, attach, inject,
     pins::{FoundFolder, Instance, Namespace},
-    registry::{Interfaces, Registered},
+    registry::{AttachedTo, Registered},
     seen::state_of,
     table::Table,
 };
@@ -206,7 +206,7 @@ impl Adopted {
 }
 
 impl AdoptedFlow {
-    fn of(wire: &Wire, table: &Arc<Table>, index: u32, interfaces: &Interfaces) -> Self {
+    fn of(wire: &Wire, table: &Arc<Table>, index: u32, interfaces: &AttachedTo) -> Self {
         let ends = table.ends(index);
         let port = reserve(own(&ends[ENDPOINT])).ok();
         let registered = wire.registry.enter(table, index, interfaces, true);

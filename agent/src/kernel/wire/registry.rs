@@ -45,14 +45,14 @@ pub struct ListedFlow {
 
 /// The flows of one agent.
 /// Indices of the interfaces to which a flow's programs are attached.
-pub(super) type Interfaces = Arc<Mutex<Vec<u32>>>;
+pub(super) type AttachedTo = Arc<Mutex<Vec<u32>>>;
 
 /// A flow that the programs carry, and its table.
 pub(super) struct ActiveFlow {
     pub(super) id: u64,
     pub(super) table: Arc<Table>,
     pub(super) index: u32,
-    pub(super) interfaces: Interfaces,
+    pub(super) interfaces: AttachedTo,
 }
 
 #[derive(Default)]
@@ -70,7 +70,7 @@ struct Entry {
     table: Arc<Table>,
     index: u32,
     is_adopted: bool,
-    interfaces: Interfaces,
+    interfaces: AttachedTo,
     stop: watch::Sender<Option<FlowStop>>,
 }
 
@@ -87,7 +87,7 @@ impl Registry {
         self: &Arc<Self>,
         table: &Arc<Table>,
         index: u32,
-        interfaces: &Interfaces,
+        interfaces: &AttachedTo,
         is_adopted: bool,
     ) -> Registered {
         let (sender, stop) = watch::channel(None);

@@ -55,7 +55,7 @@ struct Followed {
 
 /// What happens to a leg.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+enum RouteStep {
     Keep,
     /// The routing table says something else than the packets; the flow does not follow it.
     Ignore,
@@ -130,19 +130,19 @@ fn look(followed: &mut Followed, flow: &ActiveFlow, registry: &Registry, has_cha
         // A change may have come before the first look.
         let follows = followed.follows[leg].or(has_changed.then_some(true));
         match step(word.get() as u32, interface_to(addresses)?, follows, &interfaces) {
-            Step::Keep => followed.follows[leg] = Some(true),
-            Step::Ignore => followed.follows[leg] = Some(false),
-            Step::Move(interface) => {
+            RouteStep::Keep => followed.follows[leg] = Some(true),
+            RouteStep::Ignore => followed.follows[leg] = Some(false),
+            RouteStep::Move(interface) => {
                 tracing::info!(leg, from = word.get(), to = interface, "a flow of path wire follows its route");
                 word.set(interface.into());
                 followed.follows[leg] = Some(true);
             }
-            Step::Wait => {
+            RouteStep::Wait => {
                 // Also if the route went before the first look.
                 followed.follows[leg] = Some(true);
                 waits = true;
             }
-            Step::End => ends = true,
+            RouteStep::End => ends = true,
         }
     }
     let since = *followed.unrouted.get_or_insert_with(Instant::now);
@@ -157,15 +157,15 @@ fn look(followed: &mut Followed, flow: &ActiveFlow, registry: &Registry, has_cha
 
 /// `current`: the interface by which the flow's packets leave. `found`: the one that the routing table names. `follows`: whether they were
 /// the same before; `None` at the first look. The programs are attached to `interfaces`.
-fn step(current: u32, found: Option<u32>, follows: Option<bool>, interfaces: &[u32]) -> Step {
+fn step(current: u32, found: Option<u32>, follows: Option<bool>, interfaces: &[u32]) -> RouteStep {
     match (found, follows) {
-        (_, Some(false)) => Step::Ignore,
-        (Some(found), _) if found == current => Step::Keep,
-        (_, None) => Step::Ignore,
-        (None, Some(true)) => Step::Wait,
-        (Some(found), Some(true)) if interfaces.contains(&found) => Step::Move(found),
+        (_, Some(false)) => RouteStep::Ignore,
+        (Some(found), _) if found == current => RouteStep::Keep,
+        (_, None) => RouteStep::Ignore,
+        (None, Some(true)) => RouteStep::Wait,
+        (Some(found), Some(true)) if interfaces.contains(&found) => RouteStep::Move(found),
         // The programs do not see that interface.
-        (Some(_), Some(true)) => Step::End,
+        (Some(_), Some(true)) => RouteStep::End,
     }
 }
 
@@ -201,15 +201,15 @@ mod tests {
     #[test]
     fn each_answer_of_the_routing_table_has_its_step() {
         let rows = [
-            ((Some(3), None), Step::Keep),
-            ((Some(3), Some(true)), Step::Keep),
-            ((Some(4), None), Step::Ignore),
-            ((None, None), Step::Ignore),
-            ((Some(4), Some(false)), Step::Ignore),
-            ((None, Some(false)), Step::Ignore),
-            ((Some(4), Some(true)), Step::Move(4)),
-            ((Some(5), Some(true)), Step::End),
-            ((None, Some(true)), Step::Wait),
+            ((Some(3), None), RouteStep::Keep),
+            ((Some(3), Some(true)), RouteStep::Keep),
+            ((Some(4), None), RouteStep::Ignore),
+            ((None, None), RouteStep::Ignore),
+            ((Some(4), Some(false)), RouteStep::Ignore),
+            ((None, Some(false)), RouteStep::Ignore),
+            ((Some(4), Some(true)), RouteStep::Move(4)),
+            ((Some(5), Some(true)), RouteStep::End),
+            ((None, Some(true)), RouteStep::Wait),
         ];
         for ((found, follows), expected) in rows {
             assert_eq!(step(3, found, follows, &[3, 4]), expected, "{found:?} {follows:?}");
