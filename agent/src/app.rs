@@ -28,7 +28,7 @@ use crate::{
     admin::{self, AdminHandle, Inside},
     capability,
     config::{Config, Limits},
-    inference_pools::{self, DiscoveryGates, Known},
+    inference_pools::{self, DiscoveryGates, Known, Wanted},
     kernel::wire::Registry,
     kubernetes::{self, KubernetesDiscovery},
     ladder::Ladder,
@@ -238,15 +238,15 @@ impl Agent {
     /// configuration they began with. Returns an error and changes nothing if `config` changes a setting that needs a
     /// restart. Blocks until the previous background threads have ended.
     pub fn reload(&self, config: Config) -> Result<(), ReloadError> {
-        let pools = inference_pools::named(&config);
+        let wanted = Wanted::of(&config);
         let has_gateway = config.kubernetes.gateway.is_some();
         self.live.reload(config)?;
         let mut kubernetes = self.kubernetes.lock();
         match &*kubernetes {
-            Some(running) => running.follow(pools),
-            None if pools.is_empty() && !has_gateway => {}
+            Some(running) => running.follow(wanted),
+            None if wanted.is_empty() && !has_gateway => {}
             None => {
-                let started = KubernetesDiscovery::start(&self.live, pools, DiscoveryGates::default(), &self.watch);
+                let started = KubernetesDiscovery::start(&self.live, wanted, DiscoveryGates::default(), &self.watch);
                 *kubernetes = Some(started.map_err(ReloadError::Background)?);
             }
         }
@@ -337,15 +337,20 @@ impl Services {
         let shared = Shared::new(config, metrics, telemetry)?.listening(own);
         let shared = Arc::new(Shared { probe: watch.probe.clone(), ..shared });
         let certificate = shared.config.listen.tls.as_ref().map(Certificate::read).transpose()?;
-        let pools = inference_pools::named(&file);
+        let wanted = Wanted::of(&file);
         let gateway = file.kubernetes.gateway.clone();
-        let is_used = !pools.is_empty() || gateway.is_some();
+        let is_used = !wanted.is_empty() || gateway.is_some();
         let gates = DiscoveryGates {
-            pools: pools.iter().map(|pool| readiness.gate(format!("InferencePool {pool}"))).collect(),
+            pools: wanted.pools.iter().map(|pool| readiness.gate(format!("InferencePool {pool}"))).collect(),
+            sections: wanted
+                .sections
+                .iter()
+                .map(|section| readiness.gate(format!("InferencePools {section}")))
+                .collect(),
             gateway: gateway.map(|gateway| readiness.gate(format!("Gateway {gateway}"))),
         };
         let live = Live::start(shared, file, known, certificate.clone(), readiness, watch)?;
-        let kubernetes = is_used.then(|| KubernetesDiscovery::start(&live, pools, gates, watch)).transpose()?;
+        let kubernetes = is_used.then(|| KubernetesDiscovery::start(&live, wanted, gates, watch)).transpose()?;
         Ok(Self { live, kubernetes, exporter, certificate })
     }
 }

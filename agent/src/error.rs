@@ -103,7 +103,7 @@ impl Error {
             Self::NoRoute | Self::Route(RefusedRoute::NoRoute) => StatusCode::NOT_FOUND,
             Self::Redirected { status, .. } => *status,
             Self::Route(RefusedRoute::Unsupported(_) | RefusedRoute::Backend(_)) => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Route(RefusedRoute::Unread(_))
+            Self::Route(RefusedRoute::Unread(_) | RefusedRoute::Absent(_))
             | Self::Pool(_)
             | Self::Picker(_)
             | Self::NoEndpoint(_)
@@ -141,7 +141,7 @@ impl Error {
             Self::Route(RefusedRoute::Unsupported(_)) => "route_unsupported",
             Self::Route(RefusedRoute::Backend(_)) => "backend_invalid",
             Self::Pool(UnusablePool::Unread(_)) => "pool_unread",
-            Self::Pool(UnusablePool::Absent(_)) => "pool_absent",
+            Self::Pool(UnusablePool::Absent(_)) | Self::Route(RefusedRoute::Absent(_)) => "pool_absent",
             Self::Pool(UnusablePool::Invalid(..)) => "pool_invalid",
             Self::Picker(_) => "picker_failed",
             Self::Stranger(_) => "endpoint_not_in_pool",

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{
-        self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, Picker, Pool, RefusedRoute, Route, UnusablePool,
+        self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, InferencePools, Picker, Pool, PoolSource,
+        RefusedRoute, Route, UnusablePool,
     },
     endpoint::set::EndpointSource,
     gateway::{self, KnownGateway},
@@ -23,7 +24,33 @@ use crate::{
 pub struct Known {
     pub pools: KnownPools,
     /// The Gateway of `kubernetes.gateway`. None if it has not been read yet.
-    pub gateway: Option<KnownGateway>,
+    pub gateway: Option<Arc<KnownGateway>>,
+    /// Those that each section of the file selects by their labels, sorted. One without an entry has not been read yet.
+    pub selected: SelectedPools,
+}
+
+/// The InferencePools of sections with `from = "labels"`.
+pub type SelectedPools = BTreeMap<InferencePools, Vec<InferencePoolRef>>;
+
+/// What the file wants to know from Kubernetes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The InferencePools that the file names, each once.
+    pub pools: Vec<InferencePoolRef>,
+    /// The sections that select InferencePools by their labels.
+    pub sections: Vec<InferencePools>,
+}
+
+impl Wanted {
+    pub fn of(file: &Config) -> Self {
+        let is_selecting = |pools: &&InferencePools| pools.from == PoolSource::Labels;
+        let sections = file.pools.iter().filter_map(|pool| pool.inference_pools.as_ref()).filter(is_selecting);
+        Self { pools: named(file), sections: sections.cloned().collect() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.pools.is_empty() && self.sections.is_empty()
+    }
 }
 
 /// The gates that hold back readiness until the API server has answered.
@@ -32,6 +59,8 @@ pub struct Known {
 pub struct DiscoveryGates {
     /// Of each InferencePool that the file names.
     pub pools: Vec<Gate>,
+    /// Of each section that selects InferencePools.
+    pub sections: Vec<Gate>,
     pub gateway: Option<Gate>,
 }
 
@@ -99,7 +128,16 @@ pub fn merged(file: &Config, known: &Known) -> Config {
         None => pool.clone(),
     };
     let mut pools: Vec<Pool> = file.pools.iter().filter(|pool| pool.inference_pools.is_none()).map(merged).collect();
+    for (section, settings) in sections(file) {
+        for named in known.selected.get(section).into_iter().flatten() {
+            pool_of(&mut pools, settings, named, known.pools.get(named));
+        }
+    }
+    let exists = |name: &str| pools.iter().any(|pool| pool.name == name);
     let mut routes = file.routes.clone();
+    for share in routes.iter_mut().flat_map(|route| &mut route.pools).filter(|share| !exists(&share.name)) {
+        share.refused = Some(RefusedRoute::Absent(share.name.clone()));
+    }
     match (&file.kubernetes.gateway, &known.gateway) {
         (None, _) => {}
         (Some(named), None) => routes.push(gateway::rest(RefusedRoute::Unread(named.to_string()))),
@@ -119,31 +157,42 @@ fn add_pools(
     referred: &[InferencePoolRef],
     known: &KnownPools,
 ) -> BTreeMap<String, Result<String, RefusedRoute>> {
-    let section = file.pools.iter().find(|pool| pool.inference_pools.is_some()).cloned().unwrap_or_default();
+    let is_of_gateway = |pool: &&Pool| pool.inference_pools.as_ref().is_some_and(|one| one.from == PoolSource::Gateway);
+    let settings = file.pools.iter().find(is_of_gateway).cloned().unwrap_or_default();
     let mut names = BTreeMap::new();
     for named in referred {
         let found = match known.get(named) {
             Some(InferencePool::Absent) => {
                 Err(RefusedRoute::Backend(format!("refers to the InferencePool {named}, which does not exist")))
             }
-            pool => Ok(match pools.iter().find(|pool| pool.inference_pool.as_ref() == Some(named)) {
-                Some(of_file) => of_file.name.clone(),
-                None => {
-                    let mut name = gateway::pool_name(named);
-                    while pools.iter().any(|other| other.name == name) {
-                        name.push_str("/discovered");
-                    }
-                    let inference_pool = Some(named.clone());
-                    let settings =
-                        Pool { name: name.clone(), inference_pool, inference_pools: None, ..section.clone() };
-                    pools.push(discovered(&settings, named, pool));
-                    name
-                }
-            }),
+            pool => Ok(pool_of(pools, &settings, named, pool)),
         };
         names.insert(gateway::pool_name(named), found);
     }
     names
+}
+
+/// The sections that select InferencePools by their labels, with their settings.
+fn sections(file: &Config) -> impl Iterator<Item = (&InferencePools, &Pool)> {
+    file.pools
+        .iter()
+        .filter_map(|pool| Some((pool.inference_pools.as_ref()?, pool)))
+        .filter(|(section, _)| section.from == PoolSource::Labels)
+}
+
+/// The name of the pool that an InferencePool is, which is added with these settings if it is not there.
+fn pool_of(pools: &mut Vec<Pool>, settings: &Pool, named: &InferencePoolRef, known: Option<&InferencePool>) -> String {
+    if let Some(there) = pools.iter().find(|pool| pool.inference_pool.as_ref() == Some(named)) {
+        return there.name.clone();
+    }
+    let mut name = gateway::pool_name(named);
+    while pools.iter().any(|other| other.name == name) {
+        name.push_str("/discovered");
+    }
+    let inference_pool = Some(named.clone());
+    let settings = Pool { name: name.clone(), inference_pool, inference_pools: None, ..settings.clone() };
+    pools.push(discovered(&settings, named, known));
+    name
 }
 
 /// The route with the names of the pools in this configuration.
@@ -255,10 +304,11 @@ pub fn named(file: &Config) -> Vec<InferencePoolRef> {
     named
 }
 
-/// The InferencePools that the file names, and those to which HTTPRoutes refer, each once.
-pub fn used(file: &Config, gateway: Option<&KnownGateway>) -> Vec<InferencePoolRef> {
+/// The InferencePools that the file names or selects, and those to which HTTPRoutes refer, each once.
+pub fn used(file: &Config, known: &Known) -> Vec<InferencePoolRef> {
     let mut used = named(file);
-    used.extend(gateway.into_iter().flat_map(|gateway| gateway.meaning.pools.iter().cloned()));
+    used.extend(known.gateway.iter().flat_map(|gateway| gateway.meaning.pools.iter().cloned()));
+    used.extend(sections(file).filter_map(|(section, _)| known.selected.get(section)).flatten().cloned());
     used.sort();
     used.dedup();
     used
@@ -291,7 +341,7 @@ mod tests {
 
     fn known(pool: &InferencePool) -> Known {
         let pools = named(&file("")).into_iter().map(|named| (named, pool.clone())).collect();
-        Known { pools, gateway: None }
+        Known { pools, ..Known::default() }
     }
 
     fn only(config: &Config) -> &Pool {

@@ -16,8 +16,7 @@ use crate::{
     control::{self, Control},
     dns::DnsResolver,
     endpoint::discovery::Discovery,
-    gateway::KnownGateway,
-    inference_pools::{self, InferencePool, Known, KnownPools},
+    inference_pools::{self, InferencePool, Known, KnownPools, Wanted},
     panics::PanicWatch,
     picker::{
         replica::Replicas,
@@ -104,9 +103,11 @@ impl Live {
         if !fixed.is_empty() {
             return Err(ReloadError::NeedsRestart(fixed));
         }
-        let Known { pools, gateway } = parts.known.clone();
-        let used = inference_pools::used(&file, gateway.as_ref());
-        let known = Known { pools: pools.into_iter().filter(|(pool, _)| used.contains(pool)).collect(), gateway };
+        let mut known = parts.known.clone();
+        let Wanted { sections, .. } = Wanted::of(&file);
+        known.selected.retain(|section, _| sections.contains(section));
+        let used = inference_pools::used(&file, &known);
+        known.pools.retain(|pool, _| used.contains(pool));
         self.put(parts, inference_pools::merged(&file, &known), &known.pools)?;
         (parts.file, parts.known) = (file, known);
         Ok(())
@@ -116,7 +117,7 @@ impl Live {
     #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
     pub fn discovered(&self, named: &InferencePoolRef, pool: InferencePool) -> Result<(), ReloadError> {
         let mut parts = self.parts.lock();
-        let is_used = inference_pools::used(&parts.file, parts.known.gateway.as_ref()).contains(named);
+        let is_used = inference_pools::used(&parts.file, &parts.known).contains(named);
         if parts.known.pools.get(named) == Some(&pool) || !is_used {
             return Ok(());
         }
@@ -125,15 +126,19 @@ impl Live {
         self.learned(&mut parts, known)
     }
 
-    /// Applies what Kubernetes says about the Gateway, with the pools to which its routes refer, as far as they are known.
+    /// Applies what Kubernetes says about the Gateway and the sections that select InferencePools, as far as it is given, with the pools
+    /// that follow from it, as far as they are known.
     #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
-    pub fn routes_discovered(&self, gateway: KnownGateway, pools: &KnownPools) -> Result<(), ReloadError> {
+    pub fn all_discovered(&self, given: Known) -> Result<(), ReloadError> {
         let mut parts = self.parts.lock();
-        let used = inference_pools::used(&parts.file, Some(&gateway));
         let mut known = parts.known.clone();
-        known.pools.extend(pools.clone());
+        let Wanted { sections, .. } = Wanted::of(&parts.file);
+        known.gateway = given.gateway.or(known.gateway);
+        known.selected.extend(given.selected);
+        known.selected.retain(|section, _| sections.contains(section));
+        known.pools.extend(given.pools);
+        let used = inference_pools::used(&parts.file, &known);
         known.pools.retain(|pool, _| used.contains(pool));
-        known.gateway = Some(gateway);
         self.learned(&mut parts, known)
     }
 

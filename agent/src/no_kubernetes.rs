@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::{
-    config::{Config, InferencePoolRef},
-    inference_pools::{DiscoveryGates, Known},
+    config::Config,
+    inference_pools::{DiscoveryGates, Known, Wanted},
     live::Live,
     panics::PanicWatch,
     tried::Trial,
@@ -14,11 +14,11 @@ use crate::{
 pub enum KubernetesDiscovery {}
 
 impl KubernetesDiscovery {
-    pub fn start(_: &Arc<Live>, _: Vec<InferencePoolRef>, _: DiscoveryGates, _: &PanicWatch) -> anyhow::Result<Self> {
+    pub fn start(_: &Arc<Live>, _: Wanted, _: DiscoveryGates, _: &PanicWatch) -> anyhow::Result<Self> {
         anyhow::bail!("this build of penstock lacks the feature kubernetes")
     }
 
-    pub fn follow(&self, _: Vec<InferencePoolRef>) {
+    pub fn follow(&self, _: Wanted) {
         match *self {}
     }
 }

@@ -47,18 +47,30 @@ settings! {
 }
 
 settings! {
-    /// The InferencePools that have the settings of this section. Each becomes a pool with the name `NAMESPACE/NAME`.
+    /// The InferencePools that have the settings of this section. Each becomes a pool with the name `NAMESPACE/NAME`, which routes may
+    /// use. An InferencePool that `inference_pool` names, or an earlier section selects, has the settings of that one.
+    #[derive(PartialOrd, Ord, Serialize, Deserialize)]
     pub struct InferencePools {
         /// Which InferencePools these are.
         pub from: PoolSource = PoolSource::Gateway => value::choice(),
+        /// With `from = "labels"`: namespace of the InferencePools. Unset: all namespaces.
+        pub namespace: Option<String> = None => object_name().optional("models"),
+        /// With `from = "labels"`: label selector of Kubernetes. Unset: all InferencePools.
+        pub labels: Option<String> = None
+            => value::non_empty().optional("team=red,tier in (gpu, tpu)"),
+        /// With `from = "labels"`: version of the InferencePools' API.
+        pub version: InferencePoolVersion = InferencePoolVersion::V1 => value::choice(),
     }
 }
 
 choice! {
     /// Which InferencePools have the settings of a section.
+    #[derive(PartialOrd, Ord, Serialize, Deserialize)]
     pub enum PoolSource {
-        /// Those to which the HTTPRoutes of `kubernetes.gateway` refer, and that no other section of the file names.
+        /// Those to which the HTTPRoutes of `kubernetes.gateway` refer.
         Gateway = "gateway",
+        /// Those with the labels of `labels`, in `namespace`.
+        Labels = "labels",
     }
 }
 
@@ -89,6 +101,29 @@ choice! {
 impl fmt::Display for InferencePoolRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl InferencePools {
+    pub(super) fn check(&self, section: &Section<'_>, gateway: Option<&GatewayRef>) {
+        match self.from {
+            PoolSource::Gateway => {
+                if gateway.is_none() {
+                    section.reject("from", "no Gateway to take them from", "kubernetes.gateway");
+                }
+                for key in ["namespace", "labels", "version"].into_iter().filter(|key| section.has(key)) {
+                    section.reject(key, "a setting of from = \"labels\"", "from = \"labels\"");
+                }
+            }
+            PoolSource::Labels => {}
+        }
+    }
+}
+
+impl fmt::Display for InferencePools {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.labels.as_deref().unwrap_or("all"))?;
+        self.namespace.iter().try_for_each(|namespace| write!(f, " in {namespace}"))
     }
 }
 

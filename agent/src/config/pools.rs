@@ -296,10 +296,11 @@ pub(super) fn check(
         if pools[..index].iter().any(|other| other.name == pool.name) {
             section.reject("name", format_args!("{:?} again", pool.name), "a name that no other pool has");
         }
-        if pool.inference_pools.is_some() && kubernetes.gateway.is_none() {
-            section.reject("inference_pools", "no Gateway to take them from", "kubernetes.gateway");
-        } else if pool.inference_pools.is_some() && pools[..index].iter().any(|other| other.inference_pools.is_some()) {
-            section.reject("inference_pools", "a second section for the same InferencePools", "one section");
+        if let Some(selected) = &pool.inference_pools {
+            selected.check(&section.at("inference_pools"), kubernetes.gateway.as_ref());
+            if pools[..index].iter().any(|other| other.inference_pools.as_ref() == Some(selected)) {
+                section.reject("inference_pools", "a second section for the same InferencePools", "one section");
+            }
         }
     }
     if pools.is_empty() && kubernetes.gateway.is_none() {

@@ -8,6 +8,7 @@ use super::{
     bbr::Bbr,
     changes::{self, FieldChanges, Redirect, Rewrite},
     document::Section,
+    kubernetes::{InferencePools, PoolSource},
     pools::Pool,
     settings::{Elsewhere, Group, keys, optional_section, section, settings, tables},
     timeouts::TimeoutOverrides,
@@ -68,6 +69,9 @@ pub enum RefusedRoute {
     /// The API server has not told the routes so far.
     #[error("the HTTPRoutes of the Gateway {0} have not been read from the Kubernetes API yet")]
     Unread(String),
+    /// The file names a pool that no InferencePool is.
+    #[error("no InferencePool that `inference_pools` selects has the name {0}")]
+    Absent(String),
     /// Part of the route is not implemented.
     #[error("the HTTPRoute {0}")]
     Unsupported(String),
@@ -266,11 +270,15 @@ impl Route {
     fn check_pools(&self, section: &Section<'_>, pools: &[Pool]) {
         let is_pool = |pool: &&Pool| pool.inference_pools.is_none();
         let names: Vec<&str> = pools.iter().filter(is_pool).map(|pool| pool.name.as_str()).collect();
+        let from_labels = |pools: &InferencePools| pools.from == PoolSource::Labels;
+        let selects = pools.iter().any(|pool| pool.inference_pools.as_ref().is_some_and(from_labels));
         let one_of = format!("one of {}", names.join(", "));
         let of_pools = section.each("pools");
         for (index, share) in self.pools.iter().enumerate() {
             let (section, key) = of_pools.get(index).map_or((section, "pool"), |section| (section, "name"));
-            if !names.contains(&share.name.as_str()) {
+            // Kubernetes says which names these are.
+            let is_selected = selects && share.name.contains('/');
+            if !names.contains(&share.name.as_str()) && !is_selected {
                 section.reject(key, format_args!("{:?}", share.name), &one_of);
             } else if self.pools[..index].iter().any(|other| other.name == share.name) {
                 section.reject(key, format_args!("{:?} again", share.name), "each pool once");

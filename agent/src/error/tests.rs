@@ -184,6 +184,7 @@ fn every_error() -> Vec<Error> {
         Error::Redirected { status: StatusCode::FOUND, location: HeaderValue::from_static("/") },
         Error::Route(RefusedRoute::NoRoute),
         Error::Route(RefusedRoute::Unread(String::new())),
+        Error::Route(RefusedRoute::Absent(String::new())),
         Error::Route(RefusedRoute::Unsupported(String::new())),
         Error::Route(RefusedRoute::Backend(String::new())),
         Error::Pool(UnusablePool::Unread(InferencePoolRef::default())),

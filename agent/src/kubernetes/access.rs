@@ -1,7 +1,7 @@
 //! Tries the access to the InferencePools and the Gateway of a configuration, for `penstock doctor`: which verb on which resource is not permitted,
 //! and whether each pool can be read.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
 use kube::{Api, Client, api::PostParams};
@@ -13,11 +13,12 @@ use super::{
     follow::Follower,
     gateway::GatewayFollower,
     query::{ENDPOINT_SLICES, GATEWAYS, HTTP_ROUTES, NAMESPACES, PODS, Query, REFERENCE_GRANTS, SERVICES, pools},
+    selection::SelectionFollower,
 };
 use crate::{
-    config::{Config, GatewayRef, InferencePoolRef, RefusedRoute},
+    config::{Config, GatewayRef, InferencePoolRef, InferencePools, RefusedRoute},
     gateway::KnownGateway,
-    inference_pools::{self, InferencePool, Known},
+    inference_pools::{self, InferencePool, Known, Wanted},
     metrics::Metrics,
     tried::Trial,
 };
@@ -32,7 +33,8 @@ const MOST_REFUSED: usize = 16;
 pub async fn try_pools(config: &Config) -> (Known, Vec<Trial>) {
     let (mut known, mut trials) = (Known::default(), Vec::new());
     let gateway = config.kubernetes.gateway.as_ref();
-    if inference_pools::named(config).is_empty() && gateway.is_none() {
+    let wanted = Wanted::of(config);
+    if wanted.is_empty() && gateway.is_none() {
         return (known, trials);
     }
     let client = match client::client(&config.kubernetes).await {
@@ -44,9 +46,14 @@ pub async fn try_pools(config: &Config) -> (Known, Vec<Trial>) {
         }
     };
     if let Some(named) = gateway {
-        known.gateway = try_gateway(config, &client, named, &mut trials).await;
+        known.gateway = try_gateway(config, &client, named, &mut trials).await.map(Arc::new);
     }
-    for named in inference_pools::used(config, known.gateway.as_ref()) {
+    for section in wanted.sections {
+        if let Some(pools) = try_section(config, &client, &section, &mut trials).await {
+            known.selected.insert(section, pools);
+        }
+    }
+    for named in inference_pools::used(config, &known) {
         let queries = [pools(named.version), PODS, SERVICES, ENDPOINT_SLICES]
             .map(|resource| Query::labelled(resource, &named.namespace, []));
         if is_permitted_to_read(&client, &format!("InferencePool {named}"), &queries, &mut trials).await {
@@ -56,6 +63,34 @@ pub async fn try_pools(config: &Config) -> (Known, Vec<Trial>) {
         }
     }
     (known, trials)
+}
+
+/// Reads the InferencePools that a section selects.
+async fn try_section(
+    config: &Config,
+    client: &Client,
+    section: &InferencePools,
+    trials: &mut Vec<Trial>,
+) -> Option<Vec<InferencePoolRef>> {
+    let subject = format!("InferencePools {section}");
+    if !is_permitted_to_read(client, &subject, &[SelectionFollower::query(section)], trials).await {
+        return None;
+    }
+    let (sender, mut first) = tokio::sync::mpsc::channel(1);
+    let follower = SelectionFollower::new(client.clone(), section.clone(), Metrics::new(&[]), &config.kubernetes);
+    let read = async {
+        tokio::select! {
+            never = follower.run(sender) => match never {},
+            pools = first.recv() => pools,
+        }
+    };
+    let Ok(Some((_, pools))) = timeout(ANSWER, read).await else {
+        let advice = "see the log for the request that fails; `labels` has to be a label selector";
+        trials.push(Trial::failed(subject, format!("could not be read within {ANSWER:?}"), advice));
+        return None;
+    };
+    trials.push(Trial::ok(subject, format!("{} InferencePools", pools.len())));
+    Some(pools)
 }
 
 /// Whether the agent may read these. Reports what it may not.

@@ -7,12 +7,13 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{GatewayRef, InferencePoolRef},
+    config::{GatewayRef, InferencePoolRef, InferencePools},
     gateway::{GatewayObjects, KnownGateway},
     inference_pools::{InferencePool, Known},
 };
@@ -41,6 +42,8 @@ struct SavedPools {
     pools: Vec<SavedPool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     gateway: Option<SavedGateway>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    selected: Vec<(InferencePools, Vec<InferencePoolRef>)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -81,13 +84,13 @@ pub(super) fn load(folder: &Path, gateway: Option<&GatewayRef>) -> Result<Known,
     if version != VERSION {
         return Err(StateError::Version(path, version));
     }
-    let document: SavedPools = serde_json::from_slice(&text).map_err(malformed)?;
-    let pools = document.pools.into_iter().map(|SavedPool { named, pool }| (named, pool)).collect();
+    let SavedPools { pools, gateway: saved, selected, .. } = serde_json::from_slice(&text).map_err(malformed)?;
+    let pools = pools.into_iter().map(|SavedPool { named, pool }| (named, pool)).collect();
     let known = |named: &GatewayRef| {
         let is_named = |saved: &SavedGateway| (&saved.namespace, &saved.name) == (&named.namespace, &named.name);
-        document.gateway.filter(is_named).map(|saved| KnownGateway::new(named, saved.objects))
+        saved.filter(is_named).map(|saved| Arc::new(KnownGateway::new(named, saved.objects)))
     };
-    Ok(Known { pools, gateway: gateway.and_then(known) })
+    Ok(Known { pools, gateway: gateway.and_then(known), selected: selected.into_iter().collect() })
 }
 
 /// Replaces the file in `folder`.
@@ -99,8 +102,10 @@ pub(super) fn save(folder: &Path, gateway: Option<&GatewayRef>, known: &Known) -
         let (namespace, name) = (named.namespace.clone(), named.name.clone());
         SavedGateway { namespace, name, objects: known.objects.clone() }
     };
-    let gateway = gateway.zip(known.gateway.as_ref()).map(saved);
-    let document = SavedPools { version: VERSION, pools: known.pools.iter().map(entry).collect(), gateway };
+    let gateway = gateway.zip(known.gateway.as_deref()).map(saved);
+    let pools = known.pools.iter().map(entry).collect();
+    let selected = known.selected.iter().map(|(section, pools)| (section.clone(), pools.clone())).collect();
+    let document = SavedPools { version: VERSION, pools, gateway, selected };
     let text = serde_json::to_vec(&document).map_err(|error| StateError::Malformed(path.clone(), error))?;
     if text.len() as u64 > MAX {
         return Err(StateError::TooLarge(path));
@@ -139,7 +144,9 @@ mod tests {
         let object = ApiObject { spec: serde_json::json!({ "listeners": [listener] }), ..ApiObject::default() };
         let objects =
             GatewayObjects { gateway: Some(object.clone()), routes: vec![object], ..GatewayObjects::default() };
-        Known { pools, gateway: Some(KnownGateway::new(&gateway(), objects)) }
+        let section = InferencePools { labels: Some("a in (b, c)".into()), ..InferencePools::default() };
+        let selected = [(section, vec![named("a"), named("b")])].into();
+        Known { pools, gateway: Some(Arc::new(KnownGateway::new(&gateway(), objects))), selected }
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod outage;
 mod pods;
 mod pools;
 mod scene;
+mod selection;
 
 use std::time::Duration;
 

@@ -292,8 +292,17 @@ const DISCOVERED: &[Row] = &[
         c.pools[0].inference_pool == Some(InferencePoolRef { namespace, name, version: InferencePoolVersion::V1Alpha2 })
     }),
     ("[kubernetes.gateway]\nnamespace = \"n\"\nname = \"g\"\n[pools.inference_pools]", r#"from = "gateway""#, |c| {
-        c.pools[0].inference_pools == Some(InferencePools { from: PoolSource::Gateway })
+        c.pools[0].inference_pools == Some(InferencePools::default())
     }),
+    (
+        "[pools.inference_pools]",
+        "from = \"labels\"\nnamespace = \"n\"\nlabels = \"a=b\"\nversion = \"v1alpha2\"",
+        |c| {
+            let (namespace, labels) = (Some("n".to_owned()), Some("a=b".to_owned()));
+            let version = InferencePoolVersion::V1Alpha2;
+            c.pools[0].inference_pools == Some(InferencePools { from: PoolSource::Labels, namespace, labels, version })
+        },
+    ),
 ];
 
 fn gateway(config: &Config) -> &GatewayRef {

@@ -217,3 +217,30 @@ fn wrong_session_headers_are_rejected() {
         "p.toml:4:33: pools[0].picker.session_header[1]: found \"content-length\", expected the name of a header that does not frame the message",
     );
 }
+
+#[test]
+fn sections_of_inference_pools_do_not_contradict() {
+    let gateway = "[kubernetes.gateway]\nnamespace = \"n\"\nname = \"g\"\n";
+    let section = |text: &str| format!("[[pools]]\nname = \"a\"\n[pools.inference_pools]\n{text}\n");
+    let labels = section("from = \"labels\"");
+    let cases = [
+        (
+            section("from = \"gateway\""),
+            "inference_pools.from: found no Gateway to take them from, expected kubernetes.gateway",
+        ),
+        (
+            format!("{gateway}{}", section("labels = \"a=b\"")),
+            "labels: found a setting of from = \"labels\", expected from = \"labels\"",
+        ),
+        (
+            format!("{labels}{}", labels.replace("\"a\"", "\"b\"")),
+            "pools[1].inference_pools: found a second section for the same InferencePools, expected one section",
+        ),
+        (format!("{labels}[[routes]]\npool = \"unknown\""), "routes[0].pool: found \"unknown\", expected one of "),
+    ];
+    for (text, expected) in cases {
+        let found = Config::parse(&text, "p.toml").unwrap_err().to_string();
+        assert!(found.contains(expected), "{text}: {found}");
+    }
+    Config::parse(&format!("{labels}[[routes]]\npool = \"n/p\""), "p.toml").unwrap();
+}
