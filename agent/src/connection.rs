@@ -1,6 +1,7 @@
 //! Serves a client's connection: one request after the other, until one side ends it. A connection that begins with the
 //! HTTP/2 preface is handed to `http2`.
 
+mod age;
 mod announced;
 mod http2;
 
@@ -12,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 
-use self::announced::announced;
+use self::{age::ConnectionAge, announced::announced};
 use crate::{
     client::{Client, ClientIo, ClientSocket, close::Linger},
     config::Config,
@@ -110,11 +111,13 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     let mut first = !socket.is_tls();
     let mut lease = None;
     let idle_state = IdleState::new(&current.idle);
+    let age = ConnectionAge::since(Instant::now());
     loop {
         let mut begun = None;
         let mut worker = current.worker();
         let head = read_head(current, &mut worker, &mut socket, &idle_state, &mut begun).await;
-        let origin = Origin { client: peer, begun: begun.unwrap_or_else(Instant::now) };
+        let last_at = age.ends(&worker.shared.config);
+        let origin = Origin { client: peer, begun: begun.unwrap_or_else(Instant::now), last_at };
         // Whatever the result, the connection no longer waits for a request.
         idle_state.set_busy();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
@@ -151,6 +154,9 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
             }
             after => after,
         };
+        if matches!(after, AfterRequest::Close) && last_at.is_some_and(|at| at <= Instant::now()) {
+            worker.shared.metrics.client_aged();
+        }
         match after {
             AfterRequest::Next if !worker.shared.draining.is_cancelled() => {}
             AfterRequest::Next | AfterRequest::Close | AfterRequest::Pinned(_) => {

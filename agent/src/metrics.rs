@@ -150,6 +150,11 @@ impl Metrics {
         self.core.families.client_connections_refused.get_or_create(&ByReason { reason }).inc();
     }
 
+    /// Counts a client connection that ends for its age.
+    pub fn client_aged(&self) {
+        self.core.families.client_connections_aged.inc();
+    }
+
     /// Counts an idle client connection closed to make room.
     pub fn client_shed(&self) {
         self.core.families.client_connections_shed.inc();

@@ -3,6 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use http::HeaderName;
@@ -11,7 +12,7 @@ use super::{
     document::Section,
     files,
     settings::{choice, optional_section, settings},
-    value::{self, boolean, integer},
+    value::{self, boolean, duration_or_off, integer},
 };
 
 settings! {
@@ -44,6 +45,11 @@ settings! {
         /// says where it comes from. That is then the client's address: in the access log, in `X-Forwarded-For` and everywhere else. A
         /// connection without the header is closed. The header is believed, so only load balancers may reach such a listener.
         pub proxy_protocol: bool = false => boolean(),
+        /// How long a connection of a client may serve new requests, less or more up to a tenth, which differs by connection. After
+        /// that, an HTTP/1.1 connection is closed after its current or next response, which says so, and an HTTP/2 connection gets
+        /// GOAWAY and is closed after its last response, so that clients connect anew and reach other agents, too. No response is
+        /// cut.
+        pub max_connection_age: Option<Duration> = None => duration_or_off(),
         /// Maximum number of concurrent TLS handshakes of all workers together. Further clients wait, within `timeouts.head`.
         pub tls_handshakes: usize = 1024 => integer(1..=1_048_576),
     }

@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::io::CountedIo;
-use super::head_limit;
+use super::{age::ConnectionAge, head_limit};
 use crate::{
     client::{
         Client, ClientIo, ClientStream, Traffic,
@@ -108,7 +108,7 @@ impl Activity {
     }
 
     /// Resolves when the connection takes no further requests. True if it is shed in favour of another one.
-    async fn leave(&self, current: &Current) -> bool {
+    async fn leave(&self, current: &Current, age: ConnectionAge) -> bool {
         let (draining, leaving) = {
             let worker = current.worker();
             (worker.shared.draining.clone(), worker.shared.leaving.clone())
@@ -117,6 +117,10 @@ impl Activity {
             () = draining.cancelled() => false,
             () = self.must_leave(&leaving) => false,
             () = self.faulty.notified() => false,
+            () = age.passed(current) => {
+                current.worker().shared.metrics.client_aged();
+                false
+            }
             () = self.unused(current) => {
                 current.worker().shared.metrics.client_idle_closed();
                 false
@@ -250,7 +254,7 @@ async fn run(
     let activity = Rc::new(Activity::new(IdleState::new(&current.idle)));
     let ping = connection.ping_pong();
     let mut over = pin!(over(current, traffic, ping));
-    let mut leave = pin!(activity.leave(current));
+    let mut leave = pin!(activity.leave(current, ConnectionAge::since(Instant::now())));
     let mut leaving = false;
     let reason = loop {
         tokio::select! {
@@ -397,7 +401,7 @@ async fn serve_request(
     let config = &worker.shared.config;
     let limits = HeadLimits::of(&config.limits);
     let (mut parts, stream) = ClientStream::new(request, answer, Rc::clone(&traffic));
-    let origin = Origin { client: peer, begun: Instant::now() };
+    let origin = Origin { client: peer, begun: Instant::now(), last_at: None };
     let ended = stream.is_read();
     let mut client = Client::Http2(stream);
     match from_http2(&mut parts, ended, &limits) {

@@ -96,6 +96,8 @@ families! {
     client_connections_limit: Gauge = "client_connections_limit";
     /// Client connections refused at a limit, with 503 if possible.
     client_connections_refused: Family<ByReason, Counter> = "client_connections_refused";
+    /// Client connections that ended because they were older than `listen.max_connection_age`.
+    client_connections_aged: Counter = "client_connections_aged";
     /// Idle client connections closed to make room for new ones.
     client_connections_shed: Counter = "client_connections_shed";
     /// Connections that could not be accepted for lack of descriptors or memory, by listener.

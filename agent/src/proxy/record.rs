@@ -31,6 +31,8 @@ pub struct Origin {
     pub client: SocketAddr,
     /// When the first byte of the request arrived.
     pub begun: Instant,
+    /// From when on a response over HTTP/1.1 is the last one of its connection.
+    pub last_at: Option<Instant>,
 }
 
 pub(super) struct Record {
@@ -57,7 +59,7 @@ pub(super) struct Record {
 }
 
 impl Record {
-    pub(super) fn new(Origin { client, begun: started }: Origin) -> Self {
+    pub(super) fn new(Origin { client, begun: started, last_at: _ }: Origin) -> Self {
         Self {
             client,
             started,

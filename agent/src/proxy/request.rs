@@ -71,6 +71,8 @@ pub(super) struct Request {
     pub(super) names: Option<ModelNames>,
     /// When its first byte arrived.
     pub(super) begun: Instant,
+    /// From when on its response is the last one of the connection.
+    pub(super) last_at: Option<Instant>,
     pub(super) timeouts: RequestTimeouts,
     pub(super) deadline: Deadline,
 }
@@ -91,6 +93,7 @@ impl Request {
             wire: None,
             names: None,
             begun: origin.begun,
+            last_at: origin.last_at,
             timeouts,
             deadline: Deadline::default(),
         }
@@ -140,7 +143,8 @@ impl Request {
 
     /// Whether the connection stays open after a response whose head is written now.
     pub(super) fn keeps_alive(&self, worker: &Worker) -> bool {
-        self.keep_alive && !worker.shared.leaving.is_cancelled()
+        let is_last = || self.last_at.is_some_and(|at| at <= Instant::now());
+        self.keep_alive && !worker.shared.leaving.is_cancelled() && !is_last()
     }
 }
 

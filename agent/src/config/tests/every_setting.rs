@@ -37,6 +37,7 @@ const ROWS: &[Row] = &[
     ("[listen]", "http2_control_frames = 100", |c| c.listen.http2_control_frames == 100),
     ("[listen]", r#"half_close = "answer""#, |c| c.listen.half_close == HalfClose::Answer),
     ("[listen]", "proxy_protocol = true", |c| c.listen.proxy_protocol),
+    ("[listen]", r#"max_connection_age = "9m""#, |c| c.listen.max_connection_age == Some(seconds(540))),
     ("[listen]", "tls_handshakes = 4", |c| c.listen.tls_handshakes == 4),
     ("[listen.tls]", r#"address = "[::1]:81""#, |c| tls(c).address == address("[::1]:81")),
     ("[listen.tls]", r#"cert_file = "/a.crt""#, |c| tls(c).cert_file == Path::new("/a.crt")),
