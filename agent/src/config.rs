@@ -8,6 +8,7 @@
 mod admin;
 mod bbr;
 mod changes;
+mod cors;
 mod default_file;
 mod dns;
 mod document;
@@ -49,6 +50,7 @@ pub use admin::Admin;
 pub use bbr::{Bbr, MissingModel};
 pub(crate) use changes::is_target_path;
 pub use changes::{FieldChanges, PathChange, Redirect, RedirectScheme, RedirectStatus, Rewrite, SetField};
+pub use cors::{AllowedHeader, Cors, OriginPattern};
 pub use default_file::default_toml;
 pub use dns::Dns;
 pub use ejection::Ejection;

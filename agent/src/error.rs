@@ -13,11 +13,13 @@ use thiserror::Error;
 
 use crate::{
     bbr::NamingError,
-    config::{Config, ErrorFormat, RefusedRoute, UnusablePool},
+    config::{Config, Cors, ErrorFormat, RefusedRoute, UnusablePool},
     http::{
         accept,
         body::BodyError,
-        coding, fields, headers,
+        coding,
+        cors::Grant,
+        fields, headers,
         reply::{Reply, is_grpc},
         request::RequestError,
         response::ResponseError,
@@ -221,6 +223,8 @@ pub struct Manner<'r> {
     /// The request id, if clients get it in a header.
     request_id: Option<&'r HeaderValue>,
     own_id: Option<&'r HeaderValue>,
+    /// What the answer tells a page of another origin.
+    grant: Option<(&'r Cors, &'r Grant)>,
 }
 
 impl<'r> Manner<'r> {
@@ -233,7 +237,7 @@ impl<'r> Manner<'r> {
         };
         let request_id = headers::request_id(request, &config.headers);
         let own_id = request.get(headers::X_REQUEST_ID);
-        Self { format, grpc: is_grpc(request), anthropic: false, request_id, own_id }
+        Self { format, grpc: is_grpc(request), anthropic: false, request_id, own_id, grant: None }
     }
 
     /// Uses the error shape of the API that `path` belongs to.
@@ -242,15 +246,25 @@ impl<'r> Manner<'r> {
         Self { anthropic: is_messages(path), ..self }
     }
 
+    /// Sets what the answer tells a page of another origin.
+    #[must_use]
+    pub fn to(self, cors: Option<&'r Cors>, grant: Option<&'r Grant>) -> Self {
+        Self { grant: cors.zip(grant), ..self }
+    }
+
     /// The format for a request whose head could not be read.
     pub fn unknown(config: &Config) -> Self {
-        Self { format: config.errors.format, grpc: false, anthropic: false, request_id: None, own_id: None }
+        let (request_id, own_id, grant) = (None, None, None);
+        Self { format: config.errors.format, grpc: false, anthropic: false, request_id, own_id, grant }
     }
 
     /// Adds the headers that every answer has, including the picker's.
     pub fn mark(&self, answer: &mut HeaderMap) {
         if let Some(id) = self.request_id {
             answer.insert(headers::X_REQUEST_ID, id.clone());
+        }
+        if let Some((cors, grant)) = self.grant {
+            grant.apply(cors, answer);
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod media;
 pub mod trailers;
 pub mod fields;
 pub mod headers;
+pub mod cors;
 pub mod digest;
 pub mod date;
 pub mod trace_context;

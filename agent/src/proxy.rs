@@ -32,18 +32,18 @@ use self::{
     receive::receive,
     record::Record,
     repick::Dispatched,
-    reply::{answer_last_forward, evict, send_error, send_immediate},
+    reply::{answer_last_forward, answer_preflight, evict, send_error, send_immediate},
     request::Request,
 };
 use crate::{
     client::Client,
     error::{Error, Manner},
     http::{
+        cors::{Grant, is_preflight},
         head::elements,
         headers,
         request::{RequestBody, RequestHead},
     },
-    route::RequestTimeouts,
     upload::Upload,
     worker::Worker,
 };
@@ -62,7 +62,9 @@ pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, mut ref
     client.set_idle(config.timeouts.idle);
     client.set_unread(true);
     headers::add_request_id(&mut refused.headers);
-    let manner = Manner::of(&refused.headers, config).at(&refused.path);
+    let cors = config.listen.cors.as_ref();
+    let grant = cors.map(|cors| Grant::of(cors, &refused.headers));
+    let manner = Manner::of(&refused.headers, config).at(&refused.path).to(cors, grant.as_ref());
     let _ = send_error(client, &refused.method, &manner, error, false).await;
     record.finish_unrouted(worker, error);
 }
@@ -75,7 +77,7 @@ pub async fn guarded(
     origin: Origin,
     lease: &mut Option<Lease>,
 ) -> Result<AfterRequest, Panicked> {
-    let guard = ReplyGuard::new(&head, origin);
+    let guard = ReplyGuard::new(worker, &head, origin);
     client.begin_answer();
     if let Some(after) = guard.run(Box::pin(run(worker, client, head, origin, lease))).await {
         return Ok(after);
@@ -104,8 +106,14 @@ async fn run(
     client.set_idle(config.timeouts.idle);
     client.set_leaving(config.listen.half_close, config.timeouts.client_unreachable);
     let upgrade = head.upgrade.and_then(|wanted| allowed_of(&wanted, &config.listen.upgrades));
-    let mut request = Request::new(head.parts, head.keep_alive, origin, RequestTimeouts::from(&config.timeouts));
+    let mut request = Request::new(config, head.parts, head.keep_alive, origin);
     request.upgrade = upgrade;
+    if let (Some(cors), Some(grant)) = (&config.listen.cors, &request.grant)
+        && is_preflight(&request.parts)
+    {
+        let reply = grant.preflight(cors, &request.parts.headers);
+        return answer_preflight(worker, client, request, &reply, head.body).await;
+    }
     let has_body = !matches!(head.body, RequestBody::None);
     let received = {
         let receive = receive(worker, client, &mut request, head.body, head.expect_continue);
@@ -116,7 +124,7 @@ async fn run(
         Ok(upload) => upload,
         Err(error) => {
             request.restore_sent_target();
-            let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
+            let manner = request.manner(config);
             let redirected = matches!(error, Error::Redirected { .. });
             let keep_alive = redirected && !has_body && request.keeps_alive(worker);
             client.set_unread(!keep_alive);
@@ -138,7 +146,7 @@ async fn run(
         Err(ref error) => {
             // If part of the body is unread, the start of the next request is unknown.
             let keep_alive = upload.is_done() && request.keeps_alive(worker) && !matches!(error, Error::ClientGone);
-            let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
+            let manner = request.manner(config);
             let answered = send_error(client, &request.parts.method, &manner, error, keep_alive).await;
             if keep_alive && answered { AfterRequest::Next } else { close_after(answered) }
         }

@@ -29,6 +29,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         http2_control_frames: _,
         half_close: _,
         proxy_protocol: _,
+        cors: _,
         max_connection_age: _,
         tls_handshakes,
     } = &before.listen;

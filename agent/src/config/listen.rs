@@ -9,6 +9,7 @@ use std::{
 use http::HeaderName;
 
 use super::{
+    cors::Cors,
     document::Section,
     files,
     settings::{choice, optional_section, settings},
@@ -32,6 +33,9 @@ settings! {
         /// A second listener for clients that use TLS (HTTP/1.1 and HTTP/2). Their response bodies are relayed, because the kernel
         /// would send them unencrypted. Off unless the section is present.
         pub tls: Option<ListenTls> = None => optional_section(),
+        /// Requests that browsers send for web pages of other origins (CORS). Preflights pass to endpoints unless the section is
+        /// present.
+        pub cors: Option<Cors> = None => optional_section(),
         /// Number of unanswered requests that a client may reset on one HTTP/2 connection; the same number again is allowed in
         /// every ten minutes. Beyond it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
         pub http2_resets: u32 = 1000 => integer(1..=1_000_000),
@@ -92,6 +96,9 @@ fn upgrade() -> value::Value<String> {
 
 impl Listen {
     pub(super) fn check(&self, section: &Section<'_>) {
+        if let Some(cors) = &self.cors {
+            cors.check(&section.at("cors"));
+        }
         if let Some(tls) = self.tls.as_ref().filter(|tls| collide(tls.address, self.address)) {
             let expected = format_args!("another port than listen.address ({})", self.address);
             section.at("tls").reject("address", tls.address, expected);

@@ -16,7 +16,7 @@ use crate::{
 };
 
 fn manner(format: ErrorFormat) -> Manner<'static> {
-    Manner { format, grpc: false, anthropic: false, request_id: None, own_id: None }
+    Manner { format, grpc: false, anthropic: false, request_id: None, own_id: None, grant: None }
 }
 
 fn written(error: &Error, manner: &Manner<'_>) -> (String, String) {

@@ -7,13 +7,12 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use http::request;
+use http::{StatusCode, request};
 use penstock_common::path::Path;
 use tracing::field::{DisplayValue, display};
 
 use super::record::Record;
 use crate::{
-    error::Error,
     kernel::wire::{AdoptedFlow, Seen, Story},
     picker::metadata::Collected,
     steer::account::Account,
@@ -59,7 +58,7 @@ fields! {
     pool: &'a str,
     /// The status of the response. 499 if the client disconnected before it was sent.
     status: u16,
-    /// How the request ended: `ok`, `picker_reply`, `max_forwards`, or a reason of errors.md.
+    /// How the request ended: `ok`, `picker_reply`, `max_forwards`, `cors_preflight`, or a reason of errors.md.
     reason: &'a str,
     /// The EPP's own reason, if it replied to the client or evicted the request: `x-llm-d-request-dropped-reason` of
     /// its reply.
@@ -133,17 +132,14 @@ pub(super) fn routed(
     .write();
 }
 
-/// The line of a request that failed before it was routed to a pool. A client that disconnected gets none.
-pub(super) fn unrouted(client: SocketAddr, error: &Error, text: &str, took: Duration) {
-    if matches!(error, Error::ClientGone) {
-        return;
-    }
+/// The line of a request that was not routed to a pool. `error`: the text of the agent's own answer, if that was an error.
+pub(super) fn unrouted(client: SocketAddr, status: StatusCode, reason: &str, error: Option<&str>, took: Duration) {
     Line {
         client: Some(display(client)),
-        status: Some(error.status().as_u16()),
-        reason: Some(error.reason()),
+        status: Some(status.as_u16()),
+        reason: Some(reason),
         took_us: Some(took.as_micros() as u64),
-        error: Some(text),
+        error,
         ..Line::default()
     }
     .write();

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     client::Client,
     error::{Error, Manner},
-    http::{reply::is_grpc, request::RequestHead},
+    http::{cors::Grant, reply::is_grpc, request::RequestHead},
     worker::Worker,
 };
 
@@ -25,13 +25,16 @@ pub(super) struct ReplyGuard {
     method: Method,
     uri: Uri,
     grpc: bool,
+    grant: Option<Grant>,
     origin: Origin,
 }
 
 impl ReplyGuard {
-    pub(super) fn new(head: &RequestHead, origin: Origin) -> Self {
+    pub(super) fn new(worker: &Worker, head: &RequestHead, origin: Origin) -> Self {
         let parts = &head.parts;
-        Self { method: parts.method.clone(), uri: parts.uri.clone(), grpc: is_grpc(&parts.headers), origin }
+        let cors = worker.shared.config.listen.cors.as_ref();
+        let grant = cors.map(|cors| Grant::of(cors, &parts.headers));
+        Self { method: parts.method.clone(), uri: parts.uri.clone(), grpc: is_grpc(&parts.headers), grant, origin }
     }
 
     /// Processes the request. Returns `None` if that panicked.
@@ -46,7 +49,9 @@ impl ReplyGuard {
         if client.is_answered() {
             return Panicked(AfterRequest::Abort);
         }
-        let mut manner = Manner::unknown(&worker.shared.config).at(self.uri.path());
+        let config = &worker.shared.config;
+        let manner = Manner::unknown(config).at(self.uri.path());
+        let mut manner = manner.to(config.listen.cors.as_ref(), self.grant.as_ref());
         manner.grpc = self.grpc;
         send_error(client, &self.method, &manner, &Error::Panicked, false).await;
         Panicked(AfterRequest::Close)

@@ -5,7 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::request;
+use http::{StatusCode, request};
 
 use super::{access_log, record::Record};
 use crate::{
@@ -70,7 +70,18 @@ impl Record {
                 metadata: None,
             });
         }
-        access_log::unrouted(self.client, error, &logged(error), took);
+        if !matches!(error, Error::ClientGone) {
+            let (status, reason) = (error.status(), error.reason());
+            access_log::unrouted(self.client, status, reason, Some(&logged(error)), took);
+        }
+    }
+
+    /// Writes the record of a CORS preflight that the agent answered.
+    pub(super) fn finish_preflight(self, worker: &Worker, status: StatusCode) {
+        const REASON: &str = "cors_preflight";
+        let took = self.started.elapsed();
+        worker.shared.metrics.unrouted().request(status.as_u16(), REASON, took);
+        access_log::unrouted(self.client, status, REASON, None, took);
     }
 }
 

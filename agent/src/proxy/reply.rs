@@ -7,7 +7,7 @@ use super::request::{AfterRequest, Request};
 use crate::{
     client::Client,
     error::{Error, Manner},
-    http::reply::Reply,
+    http::{headers, reply::Reply, request::RequestBody},
     picker::{exchange::ImmediateReply, mutation},
     upload::Upload,
     worker::Worker,
@@ -33,10 +33,35 @@ pub(super) async fn answer_last_forward(
 ) -> Result<AfterRequest, Error> {
     let keep_alive = request.keeps_alive(worker) && upload.is_done();
     let mut reply = Reply { status: StatusCode::OK, headers: http::HeaderMap::new(), body: Bytes::new() };
-    Manner::of(&request.parts.headers, &worker.shared.config).mark(&mut reply.headers);
+    request.manner(&worker.shared.config).mark(&mut reply.headers);
     client.reply(&request.parts.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)?;
     request.record.status(reply.status, "max_forwards");
     Ok(if keep_alive { AfterRequest::Next } else { AfterRequest::Close })
+}
+
+/// Answers a CORS preflight, which is not routed. A body of the request is not read.
+pub(super) async fn answer_preflight(
+    worker: &Worker,
+    client: &mut Client,
+    mut request: Request,
+    reply: &Reply,
+    body: RequestBody,
+) -> AfterRequest {
+    let is_whole = matches!(body, RequestBody::None | RequestBody::Length(0) | RequestBody::Frames(Some(0)));
+    let keep_alive = is_whole && request.keeps_alive(worker);
+    let mut reply = reply.clone();
+    headers::add_request_id(&mut request.parts.headers);
+    if let Some(id) = headers::request_id(&request.parts.headers, &worker.shared.config.headers) {
+        reply.headers.insert(headers::X_REQUEST_ID, id.clone());
+    }
+    client.set_unread(!is_whole);
+    let sent = client.reply(&request.parts.method, &reply, keep_alive).await.is_ok();
+    request.record.finish_preflight(worker, reply.status);
+    match (sent, keep_alive) {
+        (false, _) => AfterRequest::Abort,
+        (true, true) => AfterRequest::Next,
+        (true, false) => AfterRequest::Close,
+    }
 }
 
 /// Sends the EPP's immediate reply to the client. `reason` is that of the access log.
@@ -56,7 +81,7 @@ pub(super) async fn send_immediate(
     if !body.is_empty() {
         headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    let manner = Manner::of(&request.parts.headers, &worker.shared.config).at(request.parts.uri.path());
+    let manner = request.manner(&worker.shared.config);
     manner.mark(&mut headers);
     let mut sent = Reply { status: reply.status, headers, body };
     if manner.grpc {

@@ -7,10 +7,11 @@ use tokio::time::Instant;
 
 use super::record::{Origin, Record};
 use crate::{
+    config::Config,
     deadline::with_deadline,
     endpoint::connection::EndpointConnection,
-    error::Error,
-    http::request::RequestError,
+    error::{Error, Manner},
+    http::{cors::Grant, request::RequestError},
     kernel::wire::TcpConnection,
     metrics::PoolMetrics,
     rename::ModelNames,
@@ -69,6 +70,8 @@ pub(super) struct Request {
     pub(super) wire: Option<Result<TcpConnection, SteerReason>>,
     /// Set if the EPP changed the model.
     pub(super) names: Option<ModelNames>,
+    /// Which origin may read the response, with `listen.cors`.
+    pub(super) grant: Option<Grant>,
     /// When its first byte arrived.
     pub(super) begun: Instant,
     /// From when on its response is the last one of the connection.
@@ -79,8 +82,10 @@ pub(super) struct Request {
 
 impl Request {
     /// The request with this head. Its pool is set by routing.
-    pub(super) fn new(parts: request::Parts, keep_alive: bool, origin: Origin, timeouts: RequestTimeouts) -> Self {
+    pub(super) fn new(config: &Config, parts: request::Parts, keep_alive: bool, origin: Origin) -> Self {
+        let timeouts = RequestTimeouts::from(&config.timeouts);
         Self {
+            grant: config.listen.cors.as_ref().map(|cors| Grant::of(cors, &parts.headers)),
             parts,
             client_target: None,
             sent_target: None,
@@ -103,6 +108,12 @@ impl Request {
     pub(super) fn set_timeouts(&mut self, timeouts: RequestTimeouts) {
         self.timeouts = timeouts;
         self.deadline = Deadline::new(self.begun, timeouts.request);
+    }
+
+    /// How the agent's own answer to it is formatted.
+    pub(super) fn manner<'r>(&'r self, config: &'r Config) -> Manner<'r> {
+        let manner = Manner::of(&self.parts.headers, config).at(self.parts.uri.path());
+        manner.to(config.listen.cors.as_ref(), self.grant.as_ref())
     }
 
     /// The dispatch begins: `timeouts.dispatch` applies from now on.

@@ -69,7 +69,9 @@ fn commented_settings_of_default_file_give_defaults() {
         key_file: "tls.key".into(),
         ..ListenTls::default()
     };
-    assert_eq!(config.listen, Listen { tls: Some(tls), ..Listen::default() });
+    let allow_origins = vec![OriginPattern::Exact("https://app.example.com".to_owned())];
+    let cors = Some(Cors { allow_origins, ..Cors::default() });
+    assert_eq!(config.listen, Listen { tls: Some(tls), cors, ..Listen::default() });
     assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
     assert_eq!(config.pools[0].session_headers, ["x-session-id"]);
     assert_eq!(config.bbr.missing_model, MissingModel::Default("unknown".into()));

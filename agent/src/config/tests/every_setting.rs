@@ -43,6 +43,15 @@ const ROWS: &[Row] = &[
     ("[listen.tls]", r#"cert_file = "/a.crt""#, |c| tls(c).cert_file == Path::new("/a.crt")),
     ("[listen.tls]", r#"key_file = "/a.key""#, |c| tls(c).key_file == Path::new("/a.key")),
     ("[listen.tls]", "proxy_protocol = true", |c| tls(c).proxy_protocol),
+    ("[listen.cors]", r#"allow_origins = ["https://*.a.example"]"#, |c| {
+        let (scheme, name) = ("https://".to_owned(), ".a.example".to_owned());
+        cors(c).allow_origins == [OriginPattern::Below { scheme, name }]
+    }),
+    ("[listen.cors]", r#"allow_methods = ["PUT"]"#, |c| cors(c).allow_methods == [Method::PUT]),
+    ("[listen.cors]", r#"allow_headers = ["X-A"]"#, |c| cors(c).allow_headers == [AllowedHeader::Named(header("x-a"))]),
+    ("[listen.cors]", r#"expose_headers = ["X-B"]"#, |c| cors(c).expose_headers == [header("x-b")]),
+    ("[listen.cors]", "allow_credentials = true", |c| cors(c).allow_credentials),
+    ("[listen.cors]", r#"max_age = "1h""#, |c| cors(c).max_age == seconds(3600)),
     ("[admin]", r#"address = "127.0.0.1:0""#, |c| c.admin.address == address("127.0.0.1:0")),
     ("[limits]", "head_bytes = 0x400", |c| c.limits.head_bytes == 1024),
     ("[limits]", "head_fields = 16", |c| c.limits.headers == 16),
@@ -320,6 +329,10 @@ fn redirect(config: &Config) -> &Redirect {
 
 fn field(name: &'static str, value: &'static str) -> SetField {
     SetField { name: header(name), value: http::HeaderValue::from_static(value) }
+}
+
+fn cors(config: &Config) -> &Cors {
+    config.listen.cors.as_ref().unwrap()
 }
 
 fn tls(config: &Config) -> &ListenTls {
