@@ -63,7 +63,7 @@ pub use headers::{ClientHint, Forwarding, Headers};
 pub use health::HealthCheck;
 pub use kubernetes::{GatewayRef, InferencePoolRef, InferencePoolVersion, InferencePools, Kubernetes, PoolSource};
 pub use limits::Limits;
-pub use listen::{HalfClose, Listen, ListenTls};
+pub use listen::{ClientCertificates, HalfClose, Listen, ListenTls};
 pub use metadata::{Attribute, EppMetadata};
 pub use node::Node;
 pub use overrides::Overrides;

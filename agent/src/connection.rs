@@ -5,7 +5,7 @@ mod age;
 mod announced;
 mod http2;
 
-use std::{net::SocketAddr, rc::Rc, time::Duration};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use http::{HeaderMap, Method};
@@ -26,7 +26,7 @@ use crate::{
     kernel::socket,
     proxy::{self, AfterRequest, Origin, Panicked, RefusedHead},
     room::IdleState,
-    tls::{self, Acceptor},
+    tls::{self, Acceptor, identity::ClientIdentity},
     worker::{Current, Worker},
 };
 
@@ -36,13 +36,28 @@ const FIRST_READ: usize = 4096;
 /// How long a draining agent waits for the first request of a connection.
 const FIRST_REQUEST: Duration = Duration::from_millis(200);
 
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone)]
+struct Peer {
+    address: SocketAddr,
+    /// By its certificate.
+    identity: Option<Arc<ClientIdentity>>,
+}
+
+impl ClientPeer {
+    /// A request of it that begins now.
+    fn origin(&self, begun: Instant, last_at: Option<Instant>) -> Origin {
+        Origin { client: self.address, identity: self.identity.clone(), begun, last_at }
+    }
+}
+
 /// Serves the connection to its end. `announces`: it begins with a PROXY header.
 pub async fn serve(current: &Rc<Current>, mut stream: TcpStream, peer: SocketAddr, announces: bool) {
     probe(current, &stream);
-    let Some(peer) = origin(current, &mut stream, peer, announces).await else { return };
+    let Some(address) = origin(current, &mut stream, peer, announces).await else { return };
     // Fails only if the client has already closed.
     let Ok(socket) = ClientSocket::new(stream) else { return };
-    requests(current, socket, peer).await;
+    requests(current, socket, Peer { address, identity: None }).await;
 }
 
 /// The address that the connection comes from. `None` if it has to be closed.
@@ -69,13 +84,16 @@ pub async fn serve_tls(
     announces: bool,
 ) {
     probe(current, &stream);
-    let Some(peer) = origin(current, &mut stream, peer, announces).await else { return };
-    let stream = match handshake(&current.worker(), tls, stream, peer).await {
+    let Some(address) = origin(current, &mut stream, peer, announces).await else { return };
+    let stream = match handshake(&current.worker(), tls, stream, address).await {
         Ok(Some(stream)) => stream,
         Ok(None) => return,
         Err(reason) => return current.worker().shared.metrics.tls_handshake_failed(reason),
     };
-    if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
+    let session = stream.get_ref().1;
+    let certificate = session.peer_certificates().and_then(<[_]>::first);
+    let peer = Peer { address, identity: certificate.and_then(ClientIdentity::of).map(Arc::new) };
+    if session.alpn_protocol() == Some(tls::H2) {
         return http2::serve(current, BytesMut::new(), ClientIo::Tls(Box::new(stream)), Instant::now(), peer).await;
     }
     let Ok(socket) = ClientSocket::tls(stream) else { return };
@@ -107,7 +125,7 @@ async fn handshake(
 }
 
 /// Serves HTTP/1.1 requests, one after the other.
-async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketAddr) {
+async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: Peer) {
     let mut first = !socket.is_tls();
     let mut lease = None;
     let idle_state = IdleState::new(&current.idle);
@@ -117,7 +135,7 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let mut worker = current.worker();
         let head = read_head(current, &mut worker, &mut socket, &idle_state, &mut begun).await;
         let last_at = age.ends(&worker.shared.config);
-        let origin = Origin { client: peer, begun: begun.unwrap_or_else(Instant::now), last_at };
+        let origin = peer.origin(begun.unwrap_or_else(Instant::now), last_at);
         // Whatever the result, the connection no longer waits for a request.
         idle_state.set_busy();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
@@ -148,28 +166,29 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let after = match after {
             AfterRequest::Pinned(pin) => {
                 drop(worker);
-                let after = proxy::pinned(current, &mut socket, *pin, peer).await;
+                let after = proxy::pinned(current, &mut socket, *pin, peer.address).await;
                 worker = current.worker();
                 after
             }
             after => after,
         };
-        if matches!(after, AfterRequest::Close) && last_at.is_some_and(|at| at <= Instant::now()) {
-            worker.shared.metrics.client_aged();
-        }
         match after {
             AfterRequest::Next if !worker.shared.draining.is_cancelled() => {}
             AfterRequest::Next | AfterRequest::Close | AfterRequest::Pinned(_) => {
+                if last_at.is_some_and(|at| at <= Instant::now()) {
+                    worker.shared.metrics.client_aged();
+                }
                 return close(&worker, socket).await;
             }
-            AfterRequest::Abort => {
-                tokio::select! {
-                    () = worker.shared.force.cancelled() => {}
-                    () = socket.abort() => {}
-                }
-                return;
-            }
+            AfterRequest::Abort => return abort(&worker, socket).await,
         }
+    }
+}
+
+async fn abort(worker: &Worker, socket: ClientSocket) {
+    tokio::select! {
+        () = worker.shared.force.cancelled() => {}
+        () = socket.abort() => {}
     }
 }
 

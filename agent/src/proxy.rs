@@ -77,7 +77,7 @@ pub async fn guarded(
     origin: Origin,
     lease: &mut Option<Lease>,
 ) -> Result<AfterRequest, Panicked> {
-    let guard = ReplyGuard::new(worker, &head, origin);
+    let guard = ReplyGuard::new(worker, &head, origin.clone());
     client.begin_answer();
     if let Some(after) = guard.run(Box::pin(run(worker, client, head, origin, lease))).await {
         return Ok(after);

@@ -1,13 +1,19 @@
-//! TLS toward clients. Reads the certificate from its files and reloads it while the agent runs.
+//! TLS toward clients. Reads the certificate, and the CAs of clients' certificates, from files and reloads them while the agent runs.
+
+pub mod identity;
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use parking_lot::RwLock;
 use rustls::{
-    ServerConfig,
+    DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
     crypto::ring,
-    pki_types::CertificateDer,
-    server::{ClientHello, ResolvesServerCert},
+    pki_types::{CertificateDer, UnixTime},
+    server::{
+        ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
     sign::CertifiedKey,
 };
 use tokio::{
@@ -17,7 +23,7 @@ use tokio::{
 use tokio_rustls::{Accept, TlsAcceptor};
 
 use crate::{
-    config::ListenTls,
+    config::{ClientCertificates, ListenTls},
     pem::{self, PemError},
 };
 
@@ -36,20 +42,37 @@ pub enum TlsError {
     Settings(#[from] rustls::Error),
 }
 
-/// The certificate shown to clients. Established connections are not affected by a reload.
+/// The certificate shown to clients, and what verifies theirs. Established connections are not affected by a reload.
 #[derive(Debug)]
 pub struct Certificate {
     settings: ListenTls,
     /// The contents of the files when last read.
-    read: RwLock<(Vec<u8>, Vec<u8>)>,
+    read: RwLock<FileContents>,
     current: RwLock<Arc<CertifiedKey>>,
+    /// `None` if clients are not asked for certificates.
+    clients: RwLock<Option<Arc<dyn ClientCertVerifier>>>,
+}
+
+/// The contents of the files.
+#[derive(Debug, PartialEq, Eq)]
+struct FileContents {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+    client_ca: Option<Vec<u8>>,
+}
+
+/// What follows from the contents.
+struct ParsedFiles {
+    certificate: CertifiedKey,
+    clients: Option<Arc<dyn ClientCertVerifier>>,
 }
 
 impl Certificate {
     pub fn read(settings: &ListenTls) -> Result<Arc<Self>, TlsError> {
         let files = contents(settings)?;
-        let key = parse(settings, &files)?;
-        Ok(Arc::new(Self { settings: settings.clone(), read: RwLock::new(files), current: RwLock::new(Arc::new(key)) }))
+        let ParsedFiles { certificate, clients } = parse(settings, &files)?;
+        let (current, clients) = (RwLock::new(Arc::new(certificate)), RwLock::new(clients));
+        Ok(Arc::new(Self { settings: settings.clone(), read: RwLock::new(files), current, clients }))
     }
 
     /// The certificate and its intermediate certificates.
@@ -63,10 +86,12 @@ impl Certificate {
         if *self.read.read() == files {
             return Ok(false);
         }
-        let key = parse(&self.settings, &files);
+        let parsed = parse(&self.settings, &files);
         // An error in these files is reported once.
         *self.read.write() = files;
-        *self.current.write() = Arc::new(key?);
+        let ParsedFiles { certificate, clients } = parsed?;
+        *self.current.write() = Arc::new(certificate);
+        *self.clients.write() = clients;
         Ok(true)
     }
 
@@ -97,7 +122,18 @@ impl Certificate {
         let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
         let builder = builder.with_safe_default_protocol_versions()?;
         let certificate: Arc<dyn ResolvesServerCert> = Arc::<Self>::clone(self);
-        let mut config = builder.with_no_client_auth().with_cert_resolver(certificate);
+        let asks = self.clients.read().is_some();
+        let builder = if asks {
+            builder.with_client_cert_verifier(Arc::<Self>::clone(self))
+        } else {
+            builder.with_no_client_auth()
+        };
+        let mut config = builder.with_cert_resolver(certificate);
+        if asks {
+            // A resumed session would not be verified against CAs that have changed since.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+        }
         config.alpn_protocols = if http2 { vec![H2.to_vec(), HTTP11.to_vec()] } else { vec![HTTP11.to_vec()] };
         Ok(Acceptor { tls: TlsAcceptor::from(Arc::new(config)), places: Arc::new(Semaphore::new(handshakes)) })
     }
@@ -128,14 +164,79 @@ impl ResolvesServerCert for Certificate {
     }
 }
 
-fn contents(settings: &ListenTls) -> Result<(Vec<u8>, Vec<u8>), TlsError> {
-    let read = |path: &Path| fs::read(path).map_err(PemError::from).map_err(wrong(path));
-    Ok((read(&settings.cert_file)?, read(&settings.key_file)?))
+/// Verifies by the CAs as they are now.
+impl ClientCertVerifier for Certificate {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // Without hints, a client presents the certificate that it has.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.verifier()?.verify_client_cert(certificate, intermediates, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier()?.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier()?.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier().map(|verifier| verifier.supported_verify_schemes()).unwrap_or_default()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.settings.client_certificates == ClientCertificates::Required
+    }
 }
 
-fn parse(settings: &ListenTls, (certificate, key): &(Vec<u8>, Vec<u8>)) -> Result<CertifiedKey, TlsError> {
+impl Certificate {
+    fn verifier(&self) -> Result<Arc<dyn ClientCertVerifier>, rustls::Error> {
+        self.clients.read().clone().ok_or_else(|| rustls::Error::General("no CA of clients is known".to_owned()))
+    }
+}
+
+fn contents(settings: &ListenTls) -> Result<FileContents, TlsError> {
+    let read = |path: &Path| fs::read(path).map_err(PemError::from).map_err(wrong(path));
+    let client_ca = settings.client_ca_file.as_deref().map(read).transpose()?;
+    Ok(FileContents { certificate: read(&settings.cert_file)?, key: read(&settings.key_file)?, client_ca })
+}
+
+fn parse(settings: &ListenTls, files: &FileContents) -> Result<ParsedFiles, TlsError> {
+    let FileContents { certificate, key, client_ca } = files;
     pem::certificates(certificate).map_err(wrong(&settings.cert_file))?;
-    pem::certified_key(certificate, key).map_err(wrong(&settings.key_file))
+    let certificate = pem::certified_key(certificate, key).map_err(wrong(&settings.key_file))?;
+    let clients = match (client_ca, &settings.client_ca_file) {
+        (Some(text), Some(file)) => {
+            let roots = Arc::new(pem::roots(text).map_err(wrong(file))?);
+            let builder = WebPkiClientVerifier::builder_with_provider(roots, Arc::new(ring::default_provider()));
+            let builder = match settings.client_certificates {
+                ClientCertificates::Required => builder,
+                ClientCertificates::Optional => builder.allow_unauthenticated(),
+            };
+            let built = builder.build().map_err(|error| rustls::Error::General(error.to_string()))?;
+            Some(built)
+        }
+        _ => None,
+    };
+    Ok(ParsedFiles { certificate, clients })
 }
 
 fn wrong(path: &Path) -> impl FnOnce(PemError) -> TlsError {

@@ -94,6 +94,24 @@ impl Certificate {
         Ok(roots)
     }
 
+    /// Like [`Self::connect`], with a client's certificate.
+    pub async fn connect_showing(
+        &self,
+        peer: SocketAddr,
+        shown: &Self,
+        protocols: &[&str],
+    ) -> Result<TlsStream<TcpStream>> {
+        let tcp = TcpStream::connect(peer).await?;
+        tcp.set_nodelay(true)?;
+        let key = PrivateKeyDer::from_pem_slice(shown.key_pem.as_bytes())?;
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let builder = builder.with_safe_default_protocol_versions()?.with_root_certificates(self.roots()?);
+        let mut config = builder.with_client_auth_cert(vec![shown.der.clone()], key)?;
+        config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
+        let name = ServerName::try_from(self.name.clone())?;
+        TlsConnector::from(Arc::new(config)).connect(name, tcp).await.context("the TLS handshake failed")
+    }
+
     fn connector(&self, protocols: &[&str]) -> Result<TlsConnector> {
         let roots = self.roots()?;
         let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));

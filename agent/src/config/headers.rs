@@ -1,5 +1,6 @@
 //! `[headers]`: header fields that describe this hop.
 
+use http::HeaderName;
 use serde_json::json;
 
 use super::{
@@ -21,6 +22,10 @@ settings! {
             => value::choice()
                 .list(r#"an array of "objective", "fairness_id", "model_rewrite" and "latency""#)
                 .example(json!(["objective"])),
+        /// Field in which EPPs and endpoints get the certificate of a client of `[listen.tls]`, in the form of Envoy's
+        /// `X-Forwarded-Client-Cert`: `Hash=...;Subject="CN=...";URI=...;DNS=...`. A client's own field of this name is removed. Unset:
+        /// they do not get it.
+        pub client_certificate: Option<HeaderName> = None => value::header_name().optional("x-forwarded-client-cert"),
         /// Whether responses carry the `x-request-id` of their request.
         pub request_id_to_client: bool = false => value::boolean(),
     }

@@ -12,6 +12,7 @@ use super::{
     cors::Cors,
     document::Section,
     files,
+    server_tls::UNUSED,
     settings::{choice, optional_section, settings},
     value::{self, boolean, duration_or_off, integer},
 };
@@ -82,8 +83,23 @@ settings! {
         /// PEM file of the private key of `cert_file`. It is reloaded when it changes. A relative path is resolved against the
         /// folder of this file.
         pub key_file: PathBuf = PathBuf::new() => value::required_file("the file with its key", "tls.key"),
+        /// PEM file of the CAs whose certificates clients present (mutual TLS). It is reloaded when it changes. A relative path is
+        /// resolved against the folder of this file. Unset: clients are not asked for certificates.
+        pub client_ca_file: Option<PathBuf> = None => value::file().example("clients.pem"),
+        /// With `client_ca_file` only: which clients are accepted.
+        pub client_certificates: ClientCertificates = ClientCertificates::Required => value::choice(),
         /// Whether each connection begins with a header of the PROXY protocol, before TLS, as `listen.proxy_protocol`.
         pub proxy_protocol: bool = false => boolean(),
+    }
+}
+
+choice! {
+    /// Which clients are accepted if a CA of their certificates is known.
+    pub enum ClientCertificates {
+        /// Those with a certificate of one of the CAs.
+        Required = "required",
+        /// Those, and clients that present no certificate. One with a certificate of another CA is refused.
+        Optional = "optional",
     }
 }
 
@@ -103,11 +119,20 @@ impl Listen {
             let expected = format_args!("another port than listen.address ({})", self.address);
             section.at("tls").reject("address", tls.address, expected);
         }
+        if let Some(tls) = &self.tls
+            && tls.client_ca_file.is_none()
+            && section.at("tls").has("client_certificates")
+        {
+            section.at("tls").reject("client_certificates", UNUSED, "client_ca_file in the same section");
+        }
     }
 
     /// Reads the files that the section names.
     pub(super) fn check_files(&self, section: &Section<'_>) {
-        if let Some(ListenTls { cert_file, key_file, .. }) = &self.tls {
+        if let Some(ListenTls { cert_file, key_file, client_ca_file, .. }) = &self.tls {
+            if let Some(file) = client_ca_file {
+                files::check_roots(&section.at("tls"), "client_ca_file", file);
+            }
             files::check_key_pair(&section.at("tls"), ("cert_file", cert_file), ("key_file", key_file));
         }
     }

@@ -5,7 +5,7 @@
 
 mod io;
 
-use std::{cell::Cell, future::poll_fn, net::SocketAddr, pin::pin, rc::Rc, task::Poll, time::Duration};
+use std::{cell::Cell, future::poll_fn, pin::pin, rc::Rc, task::Poll, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use h2::{
@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::io::CountedIo;
-use super::{age::ConnectionAge, head_limit};
+use super::{Peer, age::ConnectionAge, head_limit};
 use crate::{
     client::{
         Client, ClientIo, ClientStream, Traffic,
@@ -30,7 +30,7 @@ use crate::{
     deadline::with_deadline,
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
-    proxy::{self, Origin, Panicked, RefusedHead},
+    proxy::{self, Panicked, RefusedHead},
     room::IdleState,
     worker::{Current, Worker},
 };
@@ -181,7 +181,7 @@ impl Drop for Active {
 }
 
 /// Serves the connection to its end; `read` holds bytes already read from it, the first at `begun`.
-pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, begun: Instant, peer: SocketAddr) {
+pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, begun: Instant, peer: Peer) {
     let worker = current.worker();
     let config = &worker.shared.config;
     let (listen, heads) = (&config.listen, HeadLimits::of(&config.limits));
@@ -192,9 +192,9 @@ pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo,
     let shaken = handshake(config, io, begun).await;
     drop(worker);
     let ending = match shaken {
-        Some(Ok(connection)) => run(current, connection, &traffic, peer, &requests).await,
+        Some(Ok(connection)) => run(current, connection, &traffic, &peer, &requests).await,
         Some(Err(error)) => {
-            tracing::debug!(%peer, %error, "HTTP/2 handshake failed");
+            tracing::debug!(peer = %peer.address, %error, "HTTP/2 handshake failed");
             Ending::Reading
         }
         None => Ending::Stuck,
@@ -248,7 +248,7 @@ async fn run(
     current: &Rc<Current>,
     mut connection: Connection<CountedIo, Bytes>,
     traffic: &Rc<Traffic>,
-    peer: SocketAddr,
+    peer: &Peer,
     requests: &TaskTracker,
 ) -> Ending {
     let activity = Rc::new(Activity::new(IdleState::new(&current.idle)));
@@ -262,11 +262,11 @@ async fn run(
             reason = over.as_mut() => break reason,
             accepted = poll_fn(|cx| connection.poll_accept(cx)) => match accepted {
                 Some(Ok((request, answer))) => {
-                    let served = serve_request(current.worker(), request, answer, peer, Rc::clone(traffic), activity.begin());
+                    let served = serve_request(current.worker(), request, answer, peer.clone(), Rc::clone(traffic), activity.begin());
                     requests.spawn_local(served);
                 }
                 Some(Err(error)) => {
-                    tracing::debug!(%peer, %error, "HTTP/2 connection failed");
+                    tracing::debug!(peer = %peer.address, %error, "HTTP/2 connection failed");
                     return Ending::Reading;
                 }
                 None => return Ending::Reading,
@@ -284,7 +284,7 @@ async fn run(
             }
         }
     };
-    tracing::debug!(%peer, reason, "closing HTTP/2 connection");
+    tracing::debug!(peer = %peer.address, reason, "closing HTTP/2 connection");
     current.worker().shared.metrics.http2_ended(reason);
     close(connection, traffic, reason).await
 }
@@ -394,14 +394,14 @@ async fn serve_request(
     worker: Rc<Worker>,
     request: http::Request<RecvStream>,
     answer: SendResponse<Bytes>,
-    peer: SocketAddr,
+    peer: Peer,
     traffic: Rc<Traffic>,
     active: Active,
 ) {
     let config = &worker.shared.config;
     let limits = HeadLimits::of(&config.limits);
     let (mut parts, stream) = ClientStream::new(request, answer, Rc::clone(&traffic));
-    let origin = Origin { client: peer, begun: Instant::now(), last_at: None };
+    let origin = peer.origin(Instant::now(), None);
     let ended = stream.is_read();
     let mut client = Client::Http2(stream);
     match from_http2(&mut parts, ended, &limits) {

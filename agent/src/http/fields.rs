@@ -143,6 +143,8 @@ pub struct FieldPolicy {
     picks: Vec<HeaderName>,
     /// `bbr.model_header` and `bbr.base_model_header`, which only the agent may set.
     models: [HeaderName; 2],
+    /// `headers.client_certificate`, which only the agent may set.
+    certificate: Option<HeaderName>,
     /// The fields of the hints that clients may not set.
     refused_hints: Vec<&'static str>,
 }
@@ -161,6 +163,7 @@ impl FieldPolicy {
         Self {
             picks,
             models: [config.bbr.header.clone(), config.bbr.base_model_header.clone()],
+            certificate: config.headers.client_certificate.clone(),
             refused_hints: refused.flat_map(|&hint| hint_fields(hint)).copied().collect(),
         }
     }
@@ -193,7 +196,7 @@ impl FieldPolicy {
         remove_if(fields, |name| {
             PICK_PREFIXES.iter().chain(&[ENVOY_PREFIX]).chain(&self.refused_hints).any(|prefix| begins(name, prefix))
                 || CONTROL.iter().any(|control| same(name, control))
-                || self.picks.iter().chain(&self.models).any(|own| same(name, own.as_str()))
+                || self.picks.iter().chain(&self.models).chain(&self.certificate).any(|own| same(name, own.as_str()))
         });
     }
 }

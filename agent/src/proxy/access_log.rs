@@ -48,6 +48,8 @@ fields! {
     adopted: bool,
     /// The client's address and port.
     client: DisplayValue<SocketAddr>,
+    /// Who the client is by its certificate: the first URI or DNS name of it, or its subject. Only for clients that presented one.
+    client_certificate: &'a str,
     /// The value of the request's `x-request-id`, the client's or the agent's.
     request_id: &'a str,
     /// The request's method.
@@ -109,6 +111,7 @@ pub(super) fn routed(
         pinned: None,
         adopted: None,
         client: Some(display(record.client)),
+        client_certificate: record.identity.as_ref().map(|identity| identity.name.as_str()),
         request_id: Some(&cut(request_id, text::NAME)),
         method: Some(display(&cut(parts.method.as_str(), text::NAME))),
         path: Some(&cut(parts.uri.path(), text::PHRASE)),

@@ -45,7 +45,7 @@ impl ReplyGuard {
 
     /// Answers and records a request that panicked.
     pub(super) async fn answer(self, worker: &Worker, client: &mut Client) -> Panicked {
-        Record::new(self.origin).finish_unrouted(worker, &Error::Panicked);
+        Record::new(self.origin.clone()).finish_unrouted(worker, &Error::Panicked);
         if client.is_answered() {
             return Panicked(AfterRequest::Abort);
         }

@@ -99,6 +99,9 @@ fn prepare(worker: &Worker, request: &mut Request, arrival: &Arrival) -> Result<
         return Err(Error::Loop);
     }
     headers::prepare_request(headers, arrival, &worker.shared.fields, &config.headers);
+    if let (Some(name), Some(identity)) = (&config.headers.client_certificate, &request.record.identity) {
+        headers.insert(name.clone(), identity.field.clone());
+    }
     request.record.trace(worker, &mut request.parts, arrival);
     Ok(())
 }

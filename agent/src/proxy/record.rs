@@ -22,13 +22,16 @@ use crate::{
     steer::{account::Account, reason::SteerReason},
     telemetry::{PickResult, RequestSpan},
     text::{self, cut},
+    tls::identity::ClientIdentity,
     worker::Worker,
 };
 
 /// Where a request came from, and when.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Origin {
     pub client: SocketAddr,
+    /// Who the client is by its certificate.
+    pub identity: Option<Arc<ClientIdentity>>,
     /// When the first byte of the request arrived.
     pub begun: Instant,
     /// From when on a response over HTTP/1.1 is the last one of its connection.
@@ -37,6 +40,7 @@ pub struct Origin {
 
 pub(super) struct Record {
     pub(super) client: SocketAddr,
+    pub(super) identity: Option<Arc<ClientIdentity>>,
     /// When the first byte of the request arrived.
     pub(super) started: Instant,
     pub(super) started_ns: u64,
@@ -59,9 +63,10 @@ pub(super) struct Record {
 }
 
 impl Record {
-    pub(super) fn new(Origin { client, begun: started, last_at: _ }: Origin) -> Self {
+    pub(super) fn new(Origin { client, identity, begun: started, last_at: _ }: Origin) -> Self {
         Self {
             client,
+            identity,
             started,
             started_ns: monotonic_ns().saturating_sub(started.elapsed().as_nanos() as u64),
             status: StatusCode::INTERNAL_SERVER_ERROR,

@@ -86,6 +86,9 @@ impl Request {
         let timeouts = RequestTimeouts::from(&config.timeouts);
         Self {
             grant: config.listen.cors.as_ref().map(|cors| Grant::of(cors, &parts.headers)),
+            begun: origin.begun,
+            last_at: origin.last_at,
+            record: Record::new(origin),
             parts,
             client_target: None,
             sent_target: None,
@@ -93,12 +96,9 @@ impl Request {
             upgrade: None,
             pool: 0,
             streams: false,
-            record: Record::new(origin),
             target: None,
             wire: None,
             names: None,
-            begun: origin.begun,
-            last_at: origin.last_at,
             timeouts,
             deadline: Deadline::default(),
         }

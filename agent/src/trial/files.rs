@@ -74,7 +74,10 @@ fn named(config: &Config, file: &Path) -> Vec<(String, PathBuf)> {
     if let Some(file) = &config.kubernetes.kubeconfig {
         add("kubernetes.kubeconfig".to_owned(), file);
     }
-    if let Some(ListenTls { cert_file, key_file, .. }) = &config.listen.tls {
+    if let Some(ListenTls { cert_file, key_file, client_ca_file, .. }) = &config.listen.tls {
+        if let Some(file) = client_ca_file {
+            add("listen.tls.client_ca_file".to_owned(), file);
+        }
         add("listen.tls.cert_file".to_owned(), cert_file);
         add("listen.tls.key_file".to_owned(), key_file);
     }

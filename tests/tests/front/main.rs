@@ -1,6 +1,7 @@
 //! Clients and endpoints over HTTP/1.1 and HTTP/2, with and without TLS. The bytes are the same for every protocol pair; each
 //! protocol's own features (streams, gRPC, certificates, upgrades) have their own tests.
 
+mod client_certificates;
 mod cors;
 mod evictions;
 mod exchanges;

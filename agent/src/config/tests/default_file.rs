@@ -34,6 +34,8 @@ fn commented_settings_of_default_file_give_defaults() {
         "pins",
         "server_name",
         "unreachable_wait",
+        "client_ca_file",
+        "client_certificates",
         "client_cert_file",
         "client_key_file",
         "health_port",

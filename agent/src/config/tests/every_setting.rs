@@ -42,6 +42,10 @@ const ROWS: &[Row] = &[
     ("[listen.tls]", r#"address = "[::1]:81""#, |c| tls(c).address == address("[::1]:81")),
     ("[listen.tls]", r#"cert_file = "/a.crt""#, |c| tls(c).cert_file == Path::new("/a.crt")),
     ("[listen.tls]", r#"key_file = "/a.key""#, |c| tls(c).key_file == Path::new("/a.key")),
+    ("[listen.tls]", r#"client_ca_file = "/c.pem""#, |c| tls(c).client_ca_file.as_deref() == Some(Path::new("/c.pem"))),
+    ("[listen.tls]", r#"client_certificates = "optional""#, |c| {
+        tls(c).client_certificates == ClientCertificates::Optional
+    }),
     ("[listen.tls]", "proxy_protocol = true", |c| tls(c).proxy_protocol),
     ("[listen.cors]", r#"allow_origins = ["https://*.a.example"]"#, |c| {
         let (scheme, name) = ("https://".to_owned(), ".a.example".to_owned());
@@ -80,6 +84,7 @@ const ROWS: &[Row] = &[
     ("[headers]", r#"via = "gw.example:8080""#, |c| c.headers.via.as_deref() == Some("gw.example:8080")),
     ("[headers]", r#"x_forwarded = "replace""#, |c| c.headers.x_forwarded == Forwarding::Replace),
     ("[headers]", r#"forwarded = "append""#, |c| c.headers.forwarded == Forwarding::Append),
+    ("[headers]", r#"client_certificate = "X-C""#, |c| c.headers.client_certificate == Some(header("x-c"))),
     ("[headers]", "request_id_to_client = true", |c| c.headers.request_id_to_client),
     ("[headers]", r#"client_hints = ["latency"]"#, |c| c.headers.client_hints == [ClientHint::Latency]),
     ("[errors]", r#"format = "plain""#, |c| c.errors.format == ErrorFormat::Plain),
