@@ -18,6 +18,7 @@ pub mod pool;
 mod seen;
 pub mod sending;
 pub mod set;
+pub mod single;
 mod subset;
 pub mod timeouts;
 pub mod tls;

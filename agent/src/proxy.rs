@@ -16,6 +16,7 @@ mod last;
 mod access_log;
 mod renamed;
 mod lease;
+mod models;
 mod pinned;
 mod guarded;
 mod adopted;
@@ -28,6 +29,7 @@ pub use self::{
 };
 use self::{
     guarded::ReplyGuard,
+    models::{answer_models, is_merged},
     picked::PickOutcome,
     receive::receive,
     record::Record,
@@ -179,6 +181,9 @@ async fn pick_and_respond(
 ) -> Result<AfterRequest, Error> {
     if headers::is_last_forward(&request.parts.method, &mut request.parts.headers) {
         return answer_last_forward(worker, client, request, upload).await;
+    }
+    if is_merged(&worker.shared.config, request) {
+        return answer_models(worker, client, request, upload).await;
     }
     let mut picking = true;
     let phases = pick_and_dispatch(worker, client, request, upload, lease, &mut picking);

@@ -41,6 +41,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         headers: _,
         errors: _,
         bbr: _,
+        models: _,
         steering,
         tracing,
         process,

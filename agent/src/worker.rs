@@ -3,7 +3,7 @@
 
 use std::{cell::RefCell, rc::Rc, sync::Arc};
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::{
     config::Config,
@@ -17,6 +17,9 @@ use crate::{
     turns::Turns,
 };
 
+/// The most endpoints that a worker asks for their models at once.
+const LISTS: usize = 64;
+
 /// The state with which requests are served.
 pub struct Worker {
     pub shared: Arc<Shared>,
@@ -29,6 +32,8 @@ pub struct Worker {
     pub http2_endpoints: Http2Pool,
     /// TLS handshakes with clients.
     pub handshakes: Rc<Turns>,
+    /// Bounds the endpoints that are asked for their models at once.
+    pub lists: Rc<Semaphore>,
 }
 
 impl Worker {
@@ -54,7 +59,8 @@ impl Worker {
             }
         };
         let epps = shared.replicas.iter().zip(starts).map(epp).collect();
-        Self { epps, endpoints: Rc::new(endpoints), wire, http2_endpoints, handshakes: Rc::default(), shared }
+        let (handshakes, lists) = (Rc::default(), Rc::new(Semaphore::new(LISTS)));
+        Self { epps, endpoints: Rc::new(endpoints), wire, http2_endpoints, handshakes, lists, shared }
     }
 
     /// The same worker under another configuration. Keeps its connections.
@@ -72,7 +78,8 @@ impl Worker {
         let is_kept = |one: &Rc<EppClient>| epps.iter().flatten().any(|kept| Rc::ptr_eq(kept, one));
         self.epps.iter().flatten().filter(|one| !is_kept(one)).for_each(|one| one.retire());
         let wire = self.wire.clone();
-        Self { epps, endpoints, wire, http2_endpoints, handshakes: Rc::clone(&self.handshakes), shared }
+        let (handshakes, lists) = (Rc::clone(&self.handshakes), Rc::clone(&self.lists));
+        Self { epps, endpoints, wire, http2_endpoints, handshakes, lists, shared }
     }
 
     /// Closes connections that are no longer needed. Called about once a second.

@@ -2,27 +2,17 @@
 //!
 //! The checks are spread over the interval. An endpoint has at most one check in progress.
 
-use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use http::{HeaderValue, Request, Response, StatusCode, Uri, header, uri::PathAndQuery};
-use http_body_util::Empty;
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
-};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use http::{HeaderMap, HeaderValue, StatusCode, header, uri::PathAndQuery};
 use thiserror::Error;
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
     local_fault::local_fault,
     set::{EndpointSet, Snapshot},
+    single::{Asked, SingleError},
     tls::EndpointTls,
 };
 use crate::{
@@ -46,12 +36,8 @@ pub(super) struct Checks {
 enum CheckError {
     #[error("no response within {0:?}")]
     Timeout(Duration),
-    #[error("connecting failed: {0}")]
-    Connect(io::Error),
-    #[error("the TLS handshake failed: {0}")]
-    Tls(io::Error),
-    #[error("no valid response: {0}")]
-    Http(#[from] hyper::Error),
+    #[error("{0}")]
+    Single(#[from] SingleError),
     #[error("status {0}")]
     Status(StatusCode),
 }
@@ -60,9 +46,9 @@ impl CheckError {
     fn reason(&self) -> &'static str {
         match self {
             Self::Timeout(_) => "timeout",
-            Self::Connect(_) => "connect",
-            Self::Tls(_) => "tls",
-            Self::Http(_) => "http",
+            Self::Single(SingleError::Connect(_)) => "connect",
+            Self::Single(SingleError::Tls(_)) => "tls",
+            Self::Single(SingleError::Http(_) | SingleError::Body(_)) => "http",
             Self::Status(_) => "status",
         }
     }
@@ -102,10 +88,10 @@ impl Checks {
     /// Checks one endpoint of the snapshot and records the result. Returns its address.
     async fn check(&self, snapshot: Arc<Snapshot>, address: SocketAddr) -> SocketAddr {
         let limit = self.rules.timeout;
-        let result = timeout(limit, send_check(address, &self.rules.path, self.protocol, self.tls.as_deref()))
-            .await
-            .unwrap_or(Err(CheckError::Timeout(limit)));
-        if let Err(CheckError::Connect(error)) = &result
+        let asked = Asked { address, protocol: self.protocol, tls: self.tls.as_deref() };
+        let result =
+            timeout(limit, send_check(asked, &self.rules.path)).await.unwrap_or(Err(CheckError::Timeout(limit)));
+        if let Err(CheckError::Single(SingleError::Connect(error))) = &result
             && let Some(fault) = local_fault(error)
         {
             // A local fault does not count against the endpoint.
@@ -130,57 +116,8 @@ impl Checks {
 }
 
 /// Sends a GET and expects a 2xx status. The connection is closed after the head.
-async fn send_check(
-    address: SocketAddr,
-    path: &PathAndQuery,
-    protocol: AppProtocol,
-    tls: Option<&EndpointTls>,
-) -> Result<(), CheckError> {
-    let tcp = TcpStream::connect(address).await.map_err(CheckError::Connect)?;
-    match tls {
-        None => ask(tcp, address, path, protocol).await,
-        Some(tls) => ask(tls.connect(tcp, address).await.map_err(CheckError::Tls)?, address, path, protocol).await,
-    }
-}
-
-async fn ask(
-    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    address: SocketAddr,
-    path: &PathAndQuery,
-    protocol: AppProtocol,
-) -> Result<(), CheckError> {
-    let io = TokioIo::new(io);
-    let mut request = Request::new(Empty::<Bytes>::new());
-    request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static("penstock-health-check"));
-    let status = match protocol {
-        AppProtocol::Http1 | AppProtocol::Https => {
-            let (mut sender, connection) = http1::handshake(io).await?;
-            *request.uri_mut() = path.clone().into();
-            let headers = request.headers_mut();
-            headers.extend(HeaderValue::from_str(&address.to_string()).ok().map(|host| (header::HOST, host)));
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
-            status(sender.send_request(request), connection).await?
-        }
-        AppProtocol::H2c => {
-            let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
-            let uri = Uri::builder().scheme("http").authority(address.to_string()).path_and_query(path.clone());
-            *request.uri_mut() = uri.build().unwrap_or_default();
-            status(sender.send_request(request), connection).await?
-        }
-    };
+async fn send_check(asked: Asked<'_>, path: &PathAndQuery) -> Result<(), CheckError> {
+    let agent = (header::USER_AGENT, HeaderValue::from_static("penstock-health-check"));
+    let (status, _) = asked.get(path, HeaderMap::from_iter([agent]), 0).await?;
     if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
-}
-
-/// Returns the response's status and drives the connection meanwhile.
-async fn status(
-    response: impl Future<Output = hyper::Result<Response<Incoming>>>,
-    connection: impl Future,
-) -> hyper::Result<StatusCode> {
-    let mut response = pin!(response);
-    let response = tokio::select! {
-        response = &mut response => response,
-        // The connection ended, with or without a response.
-        _ = connection => response.await,
-    };
-    Ok(response?.status())
 }

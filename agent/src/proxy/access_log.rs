@@ -60,7 +60,7 @@ fields! {
     pool: &'a str,
     /// The status of the response. 499 if the client disconnected before it was sent.
     status: u16,
-    /// How the request ended: `ok`, `picker_reply`, `max_forwards`, `cors_preflight`, or a reason of errors.md.
+    /// How the request ended: `ok`, `picker_reply`, `max_forwards`, `cors_preflight`, `models`, or a reason of errors.md.
     reason: &'a str,
     /// The EPP's own reason, if it replied to the client or evicted the request: `x-llm-d-request-dropped-reason` of
     /// its reply.

@@ -14,6 +14,7 @@ mod http2_clients;
 mod http2_endpoints;
 mod http2_limits;
 mod picker_trailers;
+mod model_list;
 mod proxy_protocol;
 mod replaced;
 mod scene;

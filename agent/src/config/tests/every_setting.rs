@@ -96,6 +96,8 @@ const ROWS: &[Row] = &[
     ("[bbr]", r#"base_models = { "l 1" = "b", b = "b" }"#, |c| {
         c.bbr.base_models == ["l 1", "b"].map(|model| (model.to_owned(), "b".to_owned())).into()
     }),
+    ("[models]", r#"list = "merged""#, |c| c.models.list == ModelList::Merged),
+    ("[models]", r#"timeout = "1s""#, |c| c.models.timeout == seconds(1)),
     ("[steering]", r#"interfaces = "eth0, c0""#, |c| {
         c.steering.interfaces == Interfaces::Named(vec!["eth0".to_owned(), "c0".to_owned()])
     }),

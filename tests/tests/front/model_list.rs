@@ -1,0 +1,112 @@
+//! `GET /v1/models` for all pools at once.
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use penstock_agent::config::{Config, ModelList, ModelPattern, Pool, Route, SteeringMode};
+use penstock_tests::{
+    Client, Deaf, Http2Client, Http2Options, Http2Server, ModelServer, Refusing, Request, Response,
+    agent::{TestAgent, builtin_pool},
+    model_server::Options,
+};
+
+async fn server(model: &str) -> ModelServer {
+    ModelServer::start(Options { model: model.to_owned(), ..Options::default() }).await.unwrap()
+}
+
+fn pool(name: &str, addresses: &[SocketAddr]) -> Pool {
+    Pool { name: name.to_owned(), ..builtin_pool(addresses) }
+}
+
+fn agent(pools: Vec<Pool>, adjust: impl FnOnce(&mut Config)) -> TestAgent {
+    TestAgent::start(builtin_pool(&[]), SteeringMode::Off, |config| {
+        config.models.list = ModelList::Merged;
+        config.pools = pools;
+        adjust(config);
+    })
+}
+
+async fn ask(agent: &TestAgent) -> Response {
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    client.request(&Request::get("/v1/models").header("authorization", "Bearer secret")).await.unwrap()
+}
+
+fn ids(response: &Response) -> Vec<String> {
+    assert_eq!(response.status(), 200, "{}", response.text());
+    let list: serde_json::Value = response.json().unwrap();
+    assert_eq!(list["object"], "list");
+    list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn merged_list_has_the_models_of_every_pool_that_answers() {
+    let (a, b, again) = (server("model-a").await, server("model-b").await, server("model-a").await);
+    let (refusing, deaf) = (Refusing::new().unwrap(), Deaf::new().unwrap());
+    let pools = vec![
+        pool("a", &[a.addr]),
+        pool("refusing", &[refusing.addr]),
+        pool("b", &[b.addr]),
+        pool("deaf", &[deaf.addr]),
+        pool("again", &[again.addr]),
+        pool("empty-but-for-dead", &[refusing.addr, deaf.addr]),
+    ];
+    let limit = Duration::from_millis(500);
+    let agent = agent(pools, |config| {
+        config.models.timeout = limit;
+        let named = |name: &str| ModelPattern::Exact(name.to_owned());
+        let models = vec![named("alias"), named("model-b"), ModelPattern::Prefix("x-".to_owned())];
+        config.routes = vec![Route { models, ..Route::to("a") }, Route::to("b")];
+        config.bbr.base_models.insert("adapter".to_owned(), "model-a".to_owned());
+    });
+    let begin = Instant::now();
+    let response = ask(&agent).await;
+    assert_eq!(ids(&response), ["model-a", "model-b", "alias", "adapter"]);
+    assert!(begin.elapsed() >= limit && begin.elapsed() < 20 * limit, "{:?}", begin.elapsed());
+    for server in [&a, &b, &again] {
+        let [seen] = &server.seen()[..] else { panic!("{:?}", server.seen()) };
+        assert_eq!((seen.target.as_str(), seen.header("authorization")), ("/v1/models", Some("Bearer secret")));
+        assert!(seen.header("x-penstock-hop").is_some());
+    }
+    let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
+    assert_eq!(ids(&http2.request(&Request::get("/v1/models")).await.unwrap()).len(), 4);
+    let answered = agent.count("penstock_requests_total", &["reason=\"models\""]);
+    assert_eq!(answered, 2);
+    // Other paths and methods are routed.
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let one = client.request(&Request::get("/v1/models/")).await.unwrap();
+    assert_eq!(one.served_by(), Some(b.addr));
+}
+
+#[tokio::test]
+async fn list_is_that_of_one_pool_by_default() {
+    let (a, b) = (server("model-a").await, server("model-b").await);
+    let agent = agent(vec![pool("a", &[a.addr]), pool("b", &[b.addr])], |config| config.models = Default::default());
+    assert_eq!(ids(&ask(&agent).await), ["model-a"]);
+}
+
+#[tokio::test]
+async fn without_any_list_the_answer_says_so() {
+    let refusing = Refusing::new().unwrap();
+    let nobody = agent(vec![pool("a", &[refusing.addr])], |_| {});
+    let response = ask(&nobody).await;
+    assert_eq!((response.status(), response.error_code().as_str()), (503, "no_endpoint"));
+    // This server has no list: its own answer is passed on.
+    let server = Http2Server::start(Http2Options::default()).await.unwrap();
+    let other = Pool { app_protocol: penstock_agent::config::AppProtocol::H2c, ..pool("a", &[server.addr]) };
+    let response = ask(&agent(vec![other], |_| {})).await;
+    assert!(response.status() >= 400, "{}", response.text());
+}
+
+/// An agent behind the agent would otherwise ask it again, and so on.
+#[tokio::test]
+async fn agents_in_a_circle_end() {
+    let a = server("model-a").await;
+    let first = agent(vec![pool("a", &[a.addr])], |_| {});
+    let second = agent(vec![pool("first", &[first.addr])], |_| {});
+    assert_eq!(ids(&ask(&second).await), ["model-a"]);
+    let itself = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let alone = agent(vec![pool("a", &[a.addr]), pool("itself", &[itself])], |config| config.listen.address = itself);
+    assert_eq!(ids(&ask(&alone).await), ["model-a"]);
+}
