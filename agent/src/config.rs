@@ -66,7 +66,7 @@ pub use kubernetes::{GatewayRef, InferencePoolRef, InferencePoolVersion, Inferen
 pub use limits::Limits;
 pub use listen::{ClientCertificates, HalfClose, Listen, ListenTls};
 pub use metadata::{Attribute, EppMetadata};
-pub use models::{ModelList, Models};
+pub use models::{ModelList, ModelListing};
 pub use node::Node;
 pub use overrides::Overrides;
 pub use passthrough::{Network, Passthrough};
@@ -109,7 +109,7 @@ settings! {
         /// Reading the model from request bodies (body-based routing).
         pub bbr: Bbr = Bbr::default() => section(),
         /// The list of models, `GET /v1/models`.
-        pub models: Models = Models::default() => section(),
+        pub models: ModelListing = ModelListing::default() => section(),
         /// Which response bodies the kernel moves, and how.
         pub steering: Steering = Steering::default() => section(),
         /// Export of spans to an OpenTelemetry collector. The trace context is forwarded even if this is off.

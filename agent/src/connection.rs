@@ -38,7 +38,7 @@ const FIRST_REQUEST: Duration = Duration::from_millis(200);
 
 /// Who is at the other end of a connection.
 #[derive(Debug, Clone)]
-struct Peer {
+struct ClientPeer {
     address: SocketAddr,
     /// By its certificate.
     identity: Option<Arc<ClientIdentity>>,
@@ -57,7 +57,7 @@ pub async fn serve(current: &Rc<Current>, mut stream: TcpStream, peer: SocketAdd
     let Some(address) = origin(current, &mut stream, peer, announces).await else { return };
     // Fails only if the client has already closed.
     let Ok(socket) = ClientSocket::new(stream) else { return };
-    requests(current, socket, Peer { address, identity: None }).await;
+    requests(current, socket, ClientPeer { address, identity: None }).await;
 }
 
 /// The address that the connection comes from. `None` if it has to be closed.
@@ -92,7 +92,7 @@ pub async fn serve_tls(
     };
     let session = stream.get_ref().1;
     let certificate = session.peer_certificates().and_then(<[_]>::first);
-    let peer = Peer { address, identity: certificate.and_then(ClientIdentity::of).map(Arc::new) };
+    let peer = ClientPeer { address, identity: certificate.and_then(ClientIdentity::of).map(Arc::new) };
     if session.alpn_protocol() == Some(tls::H2) {
         return http2::serve(current, BytesMut::new(), ClientIo::Tls(Box::new(stream)), Instant::now(), peer).await;
     }
@@ -125,7 +125,7 @@ async fn handshake(
 }
 
 /// Serves HTTP/1.1 requests, one after the other.
-async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: Peer) {
+async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: ClientPeer) {
     let mut first = !socket.is_tls();
     let mut lease = None;
     let idle_state = IdleState::new(&current.idle);

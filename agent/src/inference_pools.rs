@@ -393,7 +393,7 @@ mod tests {
         assert_eq!((endpoints(&shared), shared.endpoints[0].snapshot().ready().count()), (2, 1));
         let replicas = Arc::clone(shared.replicas[0].as_ref().unwrap());
         let first = Arc::clone(&replicas.snapshot().replicas[0]);
-        assert_eq!(first.address, ([10, 0, 1, 1], 9002).into());
+        assert_eq!(first.address, SocketAddr::from(([10, 0, 1, 1], 9002)).into());
         // A change of the endpoints alone keeps the replica, and with it the connections to it.
         let shared =
             shared.after(Config { limits: config::Limits { body_bytes: 1, ..config.limits }, ..config }).unwrap();

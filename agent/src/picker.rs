@@ -6,6 +6,7 @@
 //! goes out of a response's body, `metadata` collects what the EPP says for the log; `builtin` picks
 //! in this process.
 
+pub mod address;
 mod allowance;
 pub mod attempts;
 pub mod builtin;

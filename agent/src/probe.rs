@@ -1,6 +1,6 @@
 //! Points at which a test can make the agent fail. Outside of tests no probe can be set.
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use http::request;
 
@@ -13,8 +13,8 @@ pub enum Point<'p> {
     Worker,
     /// In the thread with this name that waits for events of kernel programs, at least once a second.
     Events(&'p str),
-    /// Before the health check of the EPP replica at this address.
-    HealthCheck(SocketAddr),
+    /// Before a health check of an EPP replica.
+    HealthCheck,
     /// Before a request's body and pool are known.
     Request(&'p request::Parts),
     /// When an endpoint has begun to answer, before any of the answer is sent.

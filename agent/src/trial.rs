@@ -104,7 +104,7 @@ async fn try_endpoint(pool: &Pool, address: SocketAddr, limit: Duration) -> Tria
                 let tls = tls.ok_or(io::ErrorKind::InvalidInput)?;
                 tls.connect(TcpStream::connect(address).await?, address).await.map(drop)
             }
-            AppProtocol::H2c => handshake::connect(address, None, drop).await.map(drop),
+            AppProtocol::H2c => handshake::connect(&address.into(), None, drop).await.map(drop),
         }
     };
     match timeout(limit, connect).await {

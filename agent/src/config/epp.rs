@@ -19,11 +19,11 @@ const NEEDS_TLS: &str = r#"a tls other than "off""#;
 settings! {
     /// Settings of a pool whose picker is an EPP.
     pub struct Epp {
-        /// `host:port` of the EPP's gRPC service, or an array of them. Each address of a host in DNS is a replica. Requests go to
+        /// `host:port` of the EPP's gRPC service, `unix:/path` of its socket on this machine, or an array of them. Each address of a host in DNS is a replica. Requests go to
         /// the first replica that serves, in the order of the array and then of the addresses, and to the next one if it fails; all
         /// agents therefore ask the same replica, whose state covers all requests.
         pub addresses: Vec<String> = Vec::new()
-            => value::host_port().one_or_more().named("address").example("127.0.0.1:9002"),
+            => epp_address().one_or_more().named("address").example("127.0.0.1:9002"),
         /// Whether the replicas are those of a Kubernetes Service instead of the addresses in DNS.
         pub is_service: bool = false => Elsewhere(|_| None),
         /// How the agent connects to the EPP.
@@ -144,6 +144,17 @@ settings! {
     }
 }
 
+/// A host with a port, or the absolute path of a Unix socket, which `sockaddr_un` bounds.
+fn epp_address() -> value::Value<String> {
+    const LONGEST: usize = 107;
+    value::string(r#"host:port, such as "epp.default.svc:9002", or unix:/path"#, |text| {
+        match text.strip_prefix("unix:") {
+            Some(path) => path.starts_with('/') && path.len() <= LONGEST && !path.contains('\0'),
+            None => value::is_host_port(text),
+        }
+    })
+}
+
 /// `unreachable_wait` of a pool that fails closed.
 const UNREACHABLE_WAIT: Duration = Duration::from_secs(2);
 
@@ -193,6 +204,10 @@ impl Epp {
             if self.addresses[..index].contains(address) {
                 section.reject(&format!("address[{index}]"), format_args!("{address:?} again"), "each address once");
             }
+        }
+        let is_unix = |address: &String| address.starts_with("unix:");
+        if section.has("health_port") && self.addresses.iter().any(is_unix) {
+            section.reject("health_port", "a port of an EPP at a Unix socket", "health on the same socket");
         }
         self.check_tls(section);
         self.metadata.check(&section.at("metadata"));

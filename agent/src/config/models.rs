@@ -10,7 +10,7 @@ use super::{
 settings! {
     /// The list of models, `GET /v1/models`.
     #[derive(Copy)]
-    pub struct Models {
+    pub struct ModelListing {
         /// Who answers for it.
         pub list: ModelList = ModelList::Routed => value::choice(),
         /// With `list = "merged"`: how long the pools may take. One that has not answered by then is left out.

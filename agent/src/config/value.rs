@@ -382,13 +382,10 @@ pub(super) fn endpoint() -> Value<SocketAddr> {
 }
 
 /// A host name or IP address, with a port.
-pub(super) fn host_port() -> Value<String> {
-    let is_host_port = |text: &str| {
-        text.parse::<Authority>().is_ok_and(|authority| {
-            !authority.host().is_empty() && !text.contains('@') && authority.port_u16().is_some_and(|port| port != 0)
-        })
-    };
-    string(r#"host:port, such as "epp.default.svc:9002""#, is_host_port)
+pub(super) fn is_host_port(text: &str) -> bool {
+    text.parse::<Authority>().is_ok_and(|authority| {
+        !authority.host().is_empty() && !text.contains('@') && authority.port_u16().is_some_and(|port| port != 0)
+    })
 }
 
 /// A host without port.

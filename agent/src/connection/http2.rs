@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::io::CountedIo;
-use super::{Peer, age::ConnectionAge, head_limit};
+use super::{ClientPeer, age::ConnectionAge, head_limit};
 use crate::{
     client::{
         Client, ClientIo, ClientStream, Traffic,
@@ -181,7 +181,7 @@ impl Drop for Active {
 }
 
 /// Serves the connection to its end; `read` holds bytes already read from it, the first at `begun`.
-pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, begun: Instant, peer: Peer) {
+pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, begun: Instant, peer: ClientPeer) {
     let worker = current.worker();
     let config = &worker.shared.config;
     let (listen, heads) = (&config.listen, HeadLimits::of(&config.limits));
@@ -248,7 +248,7 @@ async fn run(
     current: &Rc<Current>,
     mut connection: Connection<CountedIo, Bytes>,
     traffic: &Rc<Traffic>,
-    peer: &Peer,
+    peer: &ClientPeer,
     requests: &TaskTracker,
 ) -> Ending {
     let activity = Rc::new(Activity::new(IdleState::new(&current.idle)));
@@ -394,14 +394,15 @@ async fn serve_request(
     worker: Rc<Worker>,
     request: http::Request<RecvStream>,
     answer: SendResponse<Bytes>,
-    peer: Peer,
+    peer: ClientPeer,
     traffic: Rc<Traffic>,
     active: Active,
 ) {
     let config = &worker.shared.config;
     let limits = HeadLimits::of(&config.limits);
     let (mut parts, stream) = ClientStream::new(request, answer, Rc::clone(&traffic));
-    let origin = peer.origin(Instant::now(), None);
+    let ClientPeer { address: client, identity } = peer;
+    let origin = Origin { client, identity, begun: Instant::now(), last_at: None };
     let ended = stream.is_read();
     let mut client = Client::Http2(stream);
     match from_http2(&mut parts, ended, &limits) {

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::{
     local_fault::local_fault,
     set::{EndpointSet, Snapshot},
-    single::{Asked, SingleError},
+    single::{SingleError, SingleRequest},
     tls::EndpointTls,
 };
 use crate::{
@@ -88,7 +88,7 @@ impl Checks {
     /// Checks one endpoint of the snapshot and records the result. Returns its address.
     async fn check(&self, snapshot: Arc<Snapshot>, address: SocketAddr) -> SocketAddr {
         let limit = self.rules.timeout;
-        let asked = Asked { address, protocol: self.protocol, tls: self.tls.as_deref() };
+        let asked = SingleRequest { address, protocol: self.protocol, tls: self.tls.as_deref() };
         let result =
             timeout(limit, send_check(asked, &self.rules.path)).await.unwrap_or(Err(CheckError::Timeout(limit)));
         if let Err(CheckError::Single(SingleError::Connect(error))) = &result
@@ -116,7 +116,7 @@ impl Checks {
 }
 
 /// Sends a GET and expects a 2xx status. The connection is closed after the head.
-async fn send_check(asked: Asked<'_>, path: &PathAndQuery) -> Result<(), CheckError> {
+async fn send_check(asked: SingleRequest<'_>, path: &PathAndQuery) -> Result<(), CheckError> {
     let agent = (header::USER_AGENT, HeaderValue::from_static("penstock-health-check"));
     let (status, _) = asked.get(path, HeaderMap::from_iter([agent]), 0).await?;
     if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }

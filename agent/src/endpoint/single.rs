@@ -33,13 +33,13 @@ pub enum SingleError {
 
 /// An endpoint, and how it is spoken to.
 #[derive(Clone, Copy)]
-pub struct Asked<'a> {
+pub struct SingleRequest<'a> {
     pub address: SocketAddr,
     pub protocol: AppProtocol,
     pub tls: Option<&'a EndpointTls>,
 }
 
-impl Asked<'_> {
+impl SingleRequest<'_> {
     /// Sends a GET with these fields. Returns the status, and the body if it may have `limit` bytes; 0 does not read it.
     pub async fn get(
         self,

@@ -1,7 +1,7 @@
 //! The metrics of one pool. Handles that every request uses are looked up once.
 
 use std::{
-    net::SocketAddr,
+    fmt::Display,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -210,7 +210,7 @@ impl PoolMetrics {
     }
 
     /// Changes the state of an EPP replica; None before it appears and after it is gone.
-    pub fn epp_replica(&self, replica: SocketAddr, before: Option<&'static str>, now: Option<&'static str>) {
+    pub fn epp_replica(&self, replica: &impl Display, before: Option<&'static str>, now: Option<&'static str>) {
         let labels = |state| ByReplica { pool: self.name.clone(), replica: replica.to_string(), state };
         if let Some(before) = before {
             self.families.epp_replicas.remove(&labels(before));

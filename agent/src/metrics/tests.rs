@@ -83,7 +83,7 @@ fn epp_exchange_buckets_reach_from_microseconds_to_a_minute() {
 #[test]
 fn replica_has_one_state_at_a_time() {
     let metrics = metrics();
-    let replica = "10.0.0.1:9002".parse().unwrap();
+    let replica = &"10.0.0.1:9002";
     metrics.pool(0).epp_replica(replica, None, Some("unknown"));
     metrics.pool(0).epp_replica(replica, Some("unknown"), Some("serving"));
     metrics.pool(0).epp_asked_again("connect");

@@ -2,11 +2,12 @@
 //! first, and once more a replica whose connection was lost. Streams that a server did not process are repeated, up to a bound.
 //! Time is passed in, and the caller holds the deadline.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use http::StatusCode;
 
 use super::{
+    address::ReplicaAddress,
     error::{AskAgain, PickError},
     exchange::Outcome,
     replica::{Replica, Replicas},
@@ -19,7 +20,7 @@ const NOT_TAKEN: u32 = 3;
 pub struct Attempts {
     replicas: Arc<Replicas>,
     current: Arc<Replica>,
-    asked: Vec<SocketAddr>,
+    asked: Vec<ReplicaAddress>,
     /// Whether the one retry over a new connection is still available.
     fresh: bool,
     /// Remaining repetitions of streams that were not processed.
@@ -70,7 +71,7 @@ impl Attempts {
         }
         self.current.failed(now);
         self.replicas.recheck();
-        self.asked.push(self.current.address);
+        self.asked.push(self.current.address.clone());
         let snapshot = self.replicas.snapshot();
         let Some(next) = snapshot.best(&self.asked, now) else { return false };
         self.current = Arc::clone(next);

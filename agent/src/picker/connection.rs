@@ -7,7 +7,6 @@
 
 use std::{
     io::{self, ErrorKind},
-    net::SocketAddr,
     sync::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -23,6 +22,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    address::ReplicaAddress,
     handshake::{self, Opened},
     replica::{Replica, Replicas},
 };
@@ -42,7 +42,7 @@ pub struct ReplicaConnections(Arc<ConnectionsInner>);
 struct ConnectionsInner {
     replicas: Arc<Replicas>,
     replica: Arc<Replica>,
-    address: SocketAddr,
+    address: ReplicaAddress,
     tls: bool,
     /// Whether requests are sent to this address, whose reachability the replica keeps.
     is_asked: bool,
@@ -70,23 +70,24 @@ type ConnectAttempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
 impl ReplicaConnections {
     /// A connection to the replica's ext_proc service. Does not connect yet.
     pub fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
-        Self::to(replicas, replica, replica.address, replicas.tls.is_some(), [true; 2])
+        Self::to(replicas, replica, replica.address.clone(), replicas.tls.is_some(), [true; 2])
     }
 
     /// A connection to the replica's health service. Does not connect yet.
     pub fn to_health(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
         let settings = &replicas.settings;
-        let port = settings.health_port.unwrap_or(replica.address.port());
+        let address =
+            settings.health_port.map_or_else(|| replica.address.clone(), |port| replica.address.at_port(port));
         let tls = replicas.tls.is_some() && (settings.health_port.is_none() || settings.health_tls);
         // At the same port the checks tell whether requests can connect.
-        let is_asked = settings.health_port.is_none_or(|port| port == replica.address.port());
-        Self::to(replicas, replica, SocketAddr::new(replica.address.ip(), port), tls, [is_asked, false])
+        let is_asked = address == replica.address;
+        Self::to(replicas, replica, address, tls, [is_asked, false])
     }
 
     fn to(
         replicas: &Arc<Replicas>,
         replica: &Arc<Replica>,
-        address: SocketAddr,
+        address: ReplicaAddress,
         tls: bool,
         [is_asked, carries_requests]: [bool; 2],
     ) -> Self {
@@ -259,7 +260,7 @@ impl ConnectionsInner {
     /// Connects. A connection that breaks meanwhile may have reached a server that was ending, so a second one is tried.
     async fn connect(&self) -> io::Result<Http2> {
         let counts = self.carries_requests.then_some(&self.replicas.connections);
-        let connect = || connect(&self.replicas, &self.replica, self.address, self.tls, counts);
+        let connect = || connect(&self.replicas, &self.replica, &self.address, self.tls, counts);
         match connect().await {
             Err(error) if is_loss(error.kind()) => connect().await,
             result => result,
@@ -276,7 +277,7 @@ pub fn is_loss(kind: ErrorKind) -> bool {
 pub(super) async fn connect(
     replicas: &Replicas,
     replica: &Replica,
-    address: SocketAddr,
+    address: &ReplicaAddress,
     tls: bool,
     counts: Option<&EppConnections>,
 ) -> io::Result<Http2> {

@@ -4,7 +4,6 @@
 use std::{
     future::poll_fn,
     io,
-    net::SocketAddr,
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -19,13 +18,13 @@ use h2::{Ping, PingPong, client::SendRequest};
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
-    net::TcpStream,
+    net::{TcpStream, UnixStream},
     sync::oneshot,
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsConnector;
 
-use super::gathered::gathered;
+use super::{address::ReplicaAddress, gathered::gathered};
 
 /// Bytes of replies that a stream may send before they are read. A replaced body of the common sizes waits for no window update.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -113,21 +112,33 @@ pub struct Opened {
 /// Connects to a server, with TLS if `tls` has the connector and the server's name. Must be called on a tokio runtime, which
 /// drives the connection. `ended` is called at the end of the connection, with whether it ended without an error.
 pub async fn connect(
-    address: SocketAddr,
+    address: &ReplicaAddress,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     ended: impl FnOnce(bool) + Send + 'static,
 ) -> io::Result<Opened> {
+    let address = match address {
+        ReplicaAddress::Tcp(address) => address,
+        ReplicaAddress::Unix(path) => return over(UnixStream::connect(path).await?, tls, ended).await,
+    };
     let tcp = TcpStream::connect(address).await?;
     tcp.set_nodelay(true)?;
     let socket = socket2::SockRef::from(&tcp);
     let (time, interval) = (Duration::from_secs(5), Duration::from_secs(5));
     socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(2))?;
     socket.set_tcp_user_timeout(Some(GONE))?;
+    over(tcp, tls, ended).await
+}
+
+async fn over(
+    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    ended: impl FnOnce(bool) + Send + 'static,
+) -> io::Result<Opened> {
     match tls {
-        None => open(tcp, ended).await,
+        None => open(io, ended).await,
         Some((connector, name)) => {
-            let (tcp, first) = Sniffed::new(tcp);
-            match connector.connect(name, tcp).await {
+            let (io, first) = Sniffed::new(io);
+            match connector.connect(name, io).await {
                 Ok(stream) => open(stream, ended).await,
                 Err(error) => Err(not_tls(first).map_or(error, Mismatch::error)),
             }
@@ -136,10 +147,26 @@ pub async fn connect(
 }
 
 /// Whether the server at `address` answers a TLS handshake, whatever its certificate.
-pub async fn answers_tls(address: SocketAddr, connector: TlsConnector, name: ServerName<'static>) -> bool {
-    let Ok(tcp) = TcpStream::connect(address).await else { return false };
-    let (tcp, first) = Sniffed::new(tcp);
-    let connected = connector.connect(name, tcp).await;
+pub async fn answers_tls(address: &ReplicaAddress, connector: TlsConnector, name: ServerName<'static>) -> bool {
+    match address {
+        ReplicaAddress::Tcp(address) => match TcpStream::connect(address).await {
+            Ok(tcp) => speaks_tls(tcp, connector, name).await,
+            Err(_) => false,
+        },
+        ReplicaAddress::Unix(path) => match UnixStream::connect(path).await {
+            Ok(unix) => speaks_tls(unix, connector, name).await,
+            Err(_) => false,
+        },
+    }
+}
+
+async fn speaks_tls(
+    io: impl AsyncRead + AsyncWrite + Unpin,
+    connector: TlsConnector,
+    name: ServerName<'static>,
+) -> bool {
+    let (io, first) = Sniffed::new(io);
+    let connected = connector.connect(name, io).await;
     connected.is_ok() || first.await.is_ok_and(|first| first.is_ok_and(|first| is_tls(&first)))
 }
 

@@ -34,13 +34,13 @@ pub(super) async fn keep_following(replicas: &Replicas, replica: &Arc<Replica>) 
 async fn follow(replicas: &Replicas, replica: &Arc<Replica>) {
     let connect = async || {
         let tls = replicas.tls.is_some();
-        connection::connect(replicas, replica, replica.address, tls, None).await.map(drop).map_err(Arc::new)
+        connection::connect(replicas, replica, &replica.address, tls, None).await.map(drop).map_err(Arc::new)
     };
     let mut pauses = Pauses::default();
     let mut news = replicas.news();
     loop {
         if let Some(why) = replica.why_unreachable() {
-            let (address, authority) = (replica.address, &replica.authority);
+            let (address, authority) = (&replica.address, &replica.authority);
             tracing::warn!(%address, %authority, error = %why, "EPP replica unreachable, connecting again");
             let since = Instant::now();
             let mut explanation = Explanation::default();
@@ -94,7 +94,7 @@ pub(super) async fn cause(replicas: &Replicas, replica: &Replica, why: &io::Erro
     if replicas.tls.is_some() || !is_unexplained(why) {
         return None;
     }
-    let asked = handshake::answers_tls(replica.address, server_tls::unverified()?, replica.name.clone());
+    let asked = handshake::answers_tls(&replica.address, server_tls::unverified()?, replica.name.clone());
     timeout(replicas.settings.connect_timeout, asked).await.unwrap_or(false).then_some(Mismatch::Tls)
 }
 

@@ -14,14 +14,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context as _;
 use http::uri::Authority;
 use parking_lot::Mutex;
 use rustls::pki_types::ServerName;
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
-use super::{error::PickError, waiting_room::WaitingRoom};
+use super::{
+    address::{ReplicaAddress, ReplicaEntry, UNIX},
+    error::PickError,
+    waiting_room::WaitingRoom,
+};
 use crate::{
     config,
     metrics::EppConnections,
@@ -61,7 +64,7 @@ impl ReplicaState {
 /// One replica of an EPP.
 #[derive(Debug)]
 pub struct Replica {
-    pub address: SocketAddr,
+    pub address: ReplicaAddress,
     /// `host:port` as configured; the authority of streams.
     pub authority: Authority,
     /// The server name for TLS.
@@ -89,7 +92,7 @@ pub struct Replica {
 pub type News = Arc<watch::Sender<()>>;
 
 impl Replica {
-    fn new(address: SocketAddr, authority: Authority, name: ServerName<'static>, news: News) -> Self {
+    fn new(address: ReplicaAddress, authority: Authority, name: ServerName<'static>, news: News) -> Self {
         Self {
             address,
             authority,
@@ -239,20 +242,11 @@ pub struct ReplicaSnapshot {
 
 impl ReplicaSnapshot {
     /// The replica to ask next, without those in `asked`.
-    pub fn best(&self, asked: &[SocketAddr], now: Instant) -> Option<&Arc<Replica>> {
+    pub fn best(&self, asked: &[ReplicaAddress], now: Instant) -> Option<&Arc<Replica>> {
         let left = self.replicas.iter().filter(|replica| !asked.contains(&replica.address));
         // `min_by_key` returns the first of equal ranks.
         left.min_by_key(|replica| replica.rank(now))
     }
-}
-
-/// A configured `host:port`.
-#[derive(Debug)]
-pub struct ReplicaEntry {
-    pub host: String,
-    port: u16,
-    authority: Authority,
-    name: ServerName<'static>,
 }
 
 /// The replicas of one pool's EPP.
@@ -263,7 +257,7 @@ pub struct Replicas {
     pub tls: Option<Connectors>,
     entries: Vec<ReplicaEntry>,
     /// The addresses of each entry.
-    found: Mutex<Vec<Vec<SocketAddr>>>,
+    found: Mutex<Vec<Vec<ReplicaAddress>>>,
     current: watch::Sender<ReplicaSnapshot>,
     news: News,
     /// How many tasks connect again to unreachable replicas.
@@ -282,11 +276,10 @@ impl Replicas {
     /// Reads the TLS files. Fails on an invalid address or TLS file. Entries that are IP addresses are known at once, names after
     /// they were resolved.
     pub fn new(settings: &config::Epp) -> anyhow::Result<Self> {
-        let entry = |address: &String| entry(address, settings.server_name.as_deref());
+        let entry = |address: &String| ReplicaEntry::new(address, settings.server_name.as_deref());
         let entries = settings.addresses.iter().map(entry).collect::<anyhow::Result<Vec<_>>>()?;
         anyhow::ensure!(!entries.is_empty(), "the EPP has no address");
-        let at = |entry: &ReplicaEntry| entry.host.parse().map(|ip: IpAddr| SocketAddr::new(ip, entry.port));
-        let found = entries.iter().map(|entry| at(entry).into_iter().collect()).collect();
+        let found = entries.iter().map(|entry| entry.known().into_iter().collect()).collect();
         let replicas = Self {
             settings: settings.clone(),
             metadata: Arc::new(settings.metadata.clone()),
@@ -326,7 +319,8 @@ impl Replicas {
     /// The names to resolve, with the indices of their entries. None if the replicas are those of a Service.
     pub fn names(&self) -> impl Iterator<Item = (usize, &str)> {
         let names = self.entries.iter().enumerate().map(|(place, entry)| (place, entry.host.as_str()));
-        names.filter(|(_, host)| !self.settings.is_service && host.parse::<IpAddr>().is_err())
+        let is_name = |host: &str| !host.starts_with(UNIX) && host.parse::<IpAddr>().is_err();
+        names.filter(move |(_, host)| !self.settings.is_service && is_name(host))
     }
 
     /// The port of the entry with this index.
@@ -338,7 +332,8 @@ impl Replicas {
     pub fn resolved(&self, place: usize, mut addresses: Vec<IpAddr>) {
         addresses.sort_unstable();
         let port = self.port(place);
-        self.found.lock()[place] = addresses.into_iter().map(|ip| SocketAddr::new(ip, port)).collect();
+        let at = |ip| SocketAddr::new(ip, port).into();
+        self.found.lock()[place] = addresses.into_iter().map(at).collect();
         self.merge();
     }
 
@@ -347,6 +342,7 @@ impl Replicas {
     pub fn listed(&self, mut addresses: Vec<SocketAddr>) -> bool {
         addresses.sort_unstable();
         let is_empty = addresses.is_empty();
+        let addresses: Vec<ReplicaAddress> = addresses.into_iter().map(Into::into).collect();
         let changed = match self.found.lock().first_mut() {
             Some(found) if *found != addresses => {
                 *found = addresses;
@@ -377,13 +373,14 @@ impl Replicas {
         let before = Arc::clone(&self.current.borrow().replicas);
         let mut replicas: Vec<Arc<Replica>> = Vec::new();
         for (entry, addresses) in self.entries.iter().zip(&*found) {
-            for &address in addresses {
-                if replicas.iter().any(|replica| replica.address == address) {
+            for address in addresses {
+                if replicas.iter().any(|replica| replica.address == *address) {
                     continue;
                 }
-                let known = before.iter().find(|r| r.address == address && r.authority == entry.authority).cloned();
+                let known = before.iter().find(|r| r.address == *address && r.authority == entry.authority).cloned();
                 let news = || Arc::clone(&self.news);
-                let new = || Arc::new(Replica::new(address, entry.authority.clone(), entry.name.clone(), news()));
+                let new =
+                    || Arc::new(Replica::new(address.clone(), entry.authority.clone(), entry.name.clone(), news()));
                 replicas.push(known.unwrap_or_else(new));
             }
         }
@@ -465,15 +462,6 @@ impl Drop for Tended {
     fn drop(&mut self) {
         self.0.tended.fetch_sub(1, Relaxed);
     }
-}
-
-fn entry(address: &str, server_name: Option<&str>) -> anyhow::Result<ReplicaEntry> {
-    let authority: Authority = address.parse().with_context(|| format!("the EPP's address {address:?}"))?;
-    let port = authority.port_u16().with_context(|| format!("the EPP's address {address} has no port"))?;
-    let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-    let name = ServerName::try_from(server_name.unwrap_or(&host).to_owned())
-        .with_context(|| format!("the name of the EPP at {address}"))?;
-    Ok(ReplicaEntry { host, port, authority, name })
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
+    address::ReplicaAddress,
     health::{self, Checker},
     reach,
     replica::{Replica, ReplicaState, Replicas},
@@ -103,12 +104,12 @@ async fn look_up(replicas: &Replicas, means: &Means, place: usize, host: &str) {
 /// Keeps the tasks and the metric of each replica.
 async fn monitor(replicas: &Arc<Replicas>, means: &Arc<Means>) {
     let mut changes = replicas.changes();
-    let mut monitored: HashMap<SocketAddr, Monitored> = HashMap::new();
+    let mut monitored: HashMap<ReplicaAddress, Monitored> = HashMap::new();
     loop {
         let known = Arc::clone(&changes.borrow_and_update().replicas);
         monitored.retain(|_, monitored| known.iter().any(|replica| Arc::ptr_eq(replica, &monitored.status.replica)));
         for replica in &*known {
-            monitored.entry(replica.address).or_insert_with(|| Monitored::new(replicas, replica, means));
+            monitored.entry(replica.address.clone()).or_insert_with(|| Monitored::new(replicas, replica, means));
         }
         // Cannot fail, because the sender is in `replicas`.
         if changes.changed().await.is_err() {
@@ -140,7 +141,7 @@ impl Monitored {
 async fn check(status: Arc<ReplicaStatus>, interval: Duration, checker: Checker) {
     let ReplicaStatus { replica, means } = &*status;
     let check = || async {
-        means.probe.at(Point::HealthCheck(replica.address));
+        means.probe.at(Point::HealthCheck);
         checker.check().await
     };
     health::keep_watching(replica, interval, check, |state| status.found(state)).await;
@@ -157,7 +158,7 @@ impl ReplicaStatus {
     fn count_state(&self, before: Option<ReplicaState>, now: Option<ReplicaState>) {
         if let Some((metrics, pool)) = &self.means.metrics {
             let (before, now) = (before.map(ReplicaState::label), now.map(ReplicaState::label));
-            metrics.pool(*pool).epp_replica(self.replica.address, before, now);
+            metrics.pool(*pool).epp_replica(&self.replica.address, before, now);
         }
     }
 
@@ -166,7 +167,7 @@ impl ReplicaStatus {
         if before == state {
             return;
         }
-        let (address, authority) = (self.replica.address, &self.replica.authority);
+        let (address, authority) = (&self.replica.address, &self.replica.authority);
         match state {
             ReplicaState::Unknown | ReplicaState::Serving => {
                 tracing::info!(%address, %authority, state = state.label(), "EPP replica changed state");

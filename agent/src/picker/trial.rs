@@ -59,7 +59,7 @@ async fn try_replica(pool: &Pool, replicas: &Arc<Replicas>, replica: &Arc<Replic
     let shown =
         if replica.authority.as_str() == address { address } else { format!("{} ({address})", replica.authority) };
     let name = format!("pool {}, EPP {shown}", pool.name);
-    match connection::connect(replicas, replica, replica.address, replicas.tls.is_some(), None).await {
+    match connection::connect(replicas, replica, &replica.address, replicas.tls.is_some(), None).await {
         Ok(_) => ask(pool, replicas, replica, members, name).await,
         Err(error) => {
             let cause = reach::cause(replicas, replica, &error).await;

@@ -15,7 +15,7 @@ use super::request::{AfterRequest, Request};
 use crate::{
     client::Client,
     config::{Config, ModelList, ModelPattern},
-    endpoint::single::{Asked, SingleError},
+    endpoint::single::{SingleError, SingleRequest},
     error::Error,
     http::{headers, reply::Reply},
     picker::builtin::NoEndpoint,
@@ -33,7 +33,7 @@ const MODELS: usize = 10_000;
 const ATTEMPTS: usize = 2;
 
 /// What a pool has answered.
-enum Listed {
+enum PoolAnswer {
     Models(Vec<Value>),
     /// Not with a list.
     Refused(StatusCode, Bytes),
@@ -71,11 +71,11 @@ pub(super) async fn answer_models(
     let (mut models, mut refused, mut is_any) = (MergedModels::default(), None, false);
     for listed in listed.into_iter().flatten() {
         match listed {
-            Listed::Models(list) => {
+            PoolAnswer::Models(list) => {
                 is_any = true;
                 list.into_iter().for_each(|model| models.add(model));
             }
-            Listed::Refused(status, body) => refused = refused.or(Some((status, body))),
+            PoolAnswer::Refused(status, body) => refused = refused.or(Some((status, body))),
         }
     }
     let (status, body) = match refused {
@@ -120,7 +120,7 @@ fn fields(worker: &Worker, client: &HeaderMap) -> HeaderMap {
 }
 
 /// The list of one pool; `None` if no endpoint answers.
-async fn list(worker: &Worker, pool: usize, fields: &HeaderMap) -> Option<Listed> {
+async fn list(worker: &Worker, pool: usize, fields: &HeaderMap) -> Option<PoolAnswer> {
     let shared = &worker.shared;
     let settings = &shared.config.pools[pool];
     if settings.unusable.is_some() {
@@ -133,7 +133,7 @@ async fn list(worker: &Worker, pool: usize, fields: &HeaderMap) -> Option<Listed
     for address in addresses.into_iter().take(ATTEMPTS) {
         let _place = worker.lists.acquire().await.ok()?;
         let tls = shared.endpoint_tls[pool].as_deref();
-        let asked = Asked { address, protocol: settings.app_protocol, tls };
+        let asked = SingleRequest { address, protocol: settings.app_protocol, tls };
         let path = PathAndQuery::from_static(PATH);
         let answer = asked.get(&path, fields.clone(), LIST);
         let limit = shared.config.models.timeout / ATTEMPTS as u32;
@@ -150,7 +150,7 @@ fn report(address: std::net::SocketAddr, error: &SingleError) {
     tracing::debug!(%address, %error, "endpoint did not list its models");
 }
 
-fn read(status: StatusCode, body: Bytes) -> Listed {
+fn read(status: StatusCode, body: Bytes) -> PoolAnswer {
     let list = || match serde_json::from_slice(&body).ok()? {
         Value::Object(mut all) => match all.remove("data")? {
             Value::Array(list) => Some(list),
@@ -159,10 +159,10 @@ fn read(status: StatusCode, body: Bytes) -> Listed {
         _ => None,
     };
     match list() {
-        Some(list) if status.is_success() => Listed::Models(list),
-        // A body that is none of a list is not the agent's to pass on with a status that promises one.
-        _ if status.is_success() => Listed::Refused(StatusCode::BAD_GATEWAY, Bytes::from_static(b"{}")),
-        _ => Listed::Refused(status, body),
+        Some(list) if status.is_success() => PoolAnswer::Models(list),
+        // A success without a list is the fault of the endpoint.
+        _ if status.is_success() => PoolAnswer::Refused(StatusCode::BAD_GATEWAY, Bytes::from_static(b"{}")),
+        _ => PoolAnswer::Refused(status, body),
     }
 }
 
@@ -230,10 +230,10 @@ mod tests {
         let read = |status: u16, body: &'static str| {
             read(StatusCode::from_u16(status).unwrap(), Bytes::from_static(body.as_bytes()))
         };
-        assert!(matches!(read(200, r#"{"data": [{"id": "a"}]}"#), Listed::Models(list) if list.len() == 1));
+        assert!(matches!(read(200, r#"{"data": [{"id": "a"}]}"#), PoolAnswer::Models(list) if list.len() == 1));
         for body in ["", "[]", "{}", r#"{"data": {}}"#, r#"{"data": [}"#] {
-            assert!(matches!(read(200, body), Listed::Refused(StatusCode::BAD_GATEWAY, _)), "{body}");
+            assert!(matches!(read(200, body), PoolAnswer::Refused(StatusCode::BAD_GATEWAY, _)), "{body}");
         }
-        assert!(matches!(read(401, r#"{"data": []}"#), Listed::Refused(StatusCode::UNAUTHORIZED, _)));
+        assert!(matches!(read(401, r#"{"data": []}"#), PoolAnswer::Refused(StatusCode::UNAUTHORIZED, _)));
     }
 }

@@ -22,6 +22,7 @@ mod returned;
 mod slow_readers;
 mod smuggling;
 mod tls;
+mod unix_epp;
 mod upgrades;
 
 use std::time::Duration;

@@ -323,7 +323,7 @@ async fn health_check_that_panics_is_made_again() {
     let armed = Arc::new(AtomicBool::new(true));
     let trigger = Arc::clone(&armed);
     let probe = Probe::new(move |point| match point {
-        Point::HealthCheck(_) if trigger.swap(false, Relaxed) => panic!("{FAULT}"),
+        Point::HealthCheck if trigger.swap(false, Relaxed) => panic!("{FAULT}"),
         _ => {}
     });
     let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);

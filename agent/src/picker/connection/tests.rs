@@ -1,5 +1,7 @@
 //! Tests of the number of connections to a replica, against servers that take few streams on each.
 
+use std::net::SocketAddr;
+
 use tokio::{net::TcpListener, time::timeout};
 
 use super::*;

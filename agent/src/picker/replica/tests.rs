@@ -20,9 +20,13 @@ fn known(replicas: &Replicas) -> Vec<String> {
 fn order(replicas: &Replicas, now: Instant) -> Vec<u16> {
     let (snapshot, mut asked) = (replicas.snapshot(), Vec::new());
     while let Some(best) = snapshot.best(&asked, now) {
-        asked.push(best.address);
+        asked.push(best.address.clone());
     }
-    asked.iter().map(SocketAddr::port).collect()
+    let port = |address: &ReplicaAddress| match address {
+        ReplicaAddress::Tcp(address) => address.port(),
+        ReplicaAddress::Unix(_) => 0,
+    };
+    asked.iter().map(port).collect()
 }
 
 #[test]

@@ -138,7 +138,7 @@ impl Question<'_> {
                 }
                 Err(Asked::Failed(error)) => {
                     *lost += usize::from(matches!(error, PickError::Reset { .. }));
-                    let asked = attempts.replica().address;
+                    let asked = attempts.replica().address.clone();
                     if !attempts.next_attempt(&error, Instant::now().into_std()) {
                         return Asked::Failed(error);
                     }
