@@ -5,6 +5,7 @@
 
 mod ending;
 mod frames;
+mod keepalive;
 mod response;
 mod splice;
 mod tunnel;
@@ -13,6 +14,7 @@ use std::io;
 
 pub use ending::judge;
 pub use frames::{FrameCoding, Frames, Sink};
+pub use keepalive::SseKeepalive;
 pub use response::Delivery;
 pub use tunnel::Tunnel;
 

@@ -89,6 +89,10 @@ settings! {
         pub ejection: Ejection = Ejection::default() => section(),
         /// Active health checks of each endpoint. Off unless the section is present.
         pub health: Option<HealthCheck> = None => optional_section(),
+        /// After this time without a byte of an event stream, the client gets a comment (`:`), so that proxies in between do not take
+        /// the connection for idle. Only between events, and not in bodies with a length or a content coding. Event streams of the
+        /// pool are then relayed. `timeouts.idle` applies to the endpoint as ever.
+        pub sse_keepalive: Option<Duration> = None => duration_or_off(),
         /// Timeouts of requests to this pool. Unset keys use `[timeouts]`.
         pub timeouts: TimeoutOverrides = TimeoutOverrides::default() => section(),
     }

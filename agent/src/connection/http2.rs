@@ -401,8 +401,7 @@ async fn serve_request(
     let config = &worker.shared.config;
     let limits = HeadLimits::of(&config.limits);
     let (mut parts, stream) = ClientStream::new(request, answer, Rc::clone(&traffic));
-    let ClientPeer { address: client, identity } = peer;
-    let origin = Origin { client, identity, begun: Instant::now(), last_at: None };
+    let origin = peer.origin(Instant::now(), None);
     let ended = stream.is_read();
     let mut client = Client::Http2(stream);
     match from_http2(&mut parts, ended, &limits) {

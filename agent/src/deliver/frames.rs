@@ -3,12 +3,12 @@
 //! An HTTP/2 client has already got the response head; for an HTTP/1.1 client it is the lead. A truncated response is never ended:
 //! the caller aborts the client's side.
 
-use std::{cell::RefCell, time::Duration};
+use std::{cell::RefCell, pin::pin, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::HeaderMap;
 
-use super::{End, written};
+use super::{End, keepalive::SseKeepalive, written};
 use crate::{
     client::Client,
     deadline,
@@ -97,6 +97,8 @@ pub struct Frames<'a> {
     pub account: Account,
     /// Changes what the client gets.
     pub rename: Option<Rename>,
+    /// Sends comments of an event stream while nothing comes.
+    pub keepalive: Option<SseKeepalive>,
 }
 
 impl Frames<'_> {
@@ -109,13 +111,27 @@ impl Frames<'_> {
         {
             return end;
         }
+        let mut idle = pin!(deadline::elapsed(self.idle));
         loop {
+            let keepalive = self.keepalive.as_ref();
+            let due = async {
+                match keepalive {
+                    Some(keepalive) => keepalive.due().await,
+                    None => std::future::pending().await,
+                }
+            };
             let piece = tokio::select! {
                 biased;
                 piece = self.body.next(&mut trailers) => piece,
                 () = self.to.client.gone() => return End::ClientGone,
-                () = deadline::elapsed(self.idle) => return End::Idle,
+                () = idle.as_mut() => return End::Idle,
+                comment = due => match self.send(comment).await {
+                    // The endpoint has sent nothing: its time goes on.
+                    Ok(()) => continue,
+                    Err(end) => return end,
+                },
             };
+            idle.set(deadline::elapsed(self.idle));
             let step = match piece {
                 Ok(Piece::Data(data)) => self.received(data).await,
                 Ok(Piece::End(trailers)) => match self.end(trailers).await {
@@ -141,19 +157,25 @@ impl Frames<'_> {
         let now = monotonic_ns();
         self.account.stamp(now, now);
         self.account.add_relayed(data.len());
-        match &mut self.rename {
-            None => self.to.data(data).await,
-            Some(rename) => {
-                let renamed = rename.feed(&data);
-                self.to.data(renamed).await
-            }
+        let data = match &mut self.rename {
+            None => data,
+            Some(rename) => rename.feed(&data),
+        };
+        self.send(data).await
+    }
+
+    /// Sends a piece to the client.
+    async fn send(&mut self, data: Bytes) -> Result<(), End> {
+        if let Some(keepalive) = &mut self.keepalive {
+            keepalive.sent(&data);
         }
+        self.to.data(data).await
     }
 
     async fn end(&mut self, trailers: HeaderMap) -> Result<(), End> {
         if let Some(rename) = &mut self.rename {
             let rest = rename.end();
-            self.to.data(rest).await?;
+            self.send(rest).await?;
         }
         self.to.end(trailers).await
     }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderValue, Uri, request};
+use http::{HeaderMap, HeaderValue, Uri, request};
 use tokio::time::Instant;
 
 use super::record::{Origin, Record};
@@ -108,6 +108,13 @@ impl Request {
     pub(super) fn set_timeouts(&mut self, timeouts: RequestTimeouts) {
         self.timeouts = timeouts;
         self.deadline = Deadline::new(self.begun, timeouts.request);
+    }
+
+    /// Sets the fields of a response that tell which origin may read it.
+    pub(super) fn apply_grant(&self, config: &Config, response: &mut HeaderMap) {
+        if let (Some(cors), Some(grant)) = (&config.listen.cors, &self.grant) {
+            grant.apply(cors, response);
+        }
     }
 
     /// How the agent's own answer to it is formatted.

@@ -48,9 +48,7 @@ pub(super) async fn respond(
         Applied::Evicted(reply) => return evict_response(worker, client, request, body, &reply).await,
     };
     let rename = rename(request, &head);
-    if let (Some(cors), Some(grant)) = (&config.listen.cors, &request.grant) {
-        grant.apply(cors, &mut head.headers);
-    }
+    request.apply_grant(config, &mut head.headers);
     request.record.status(head.status, "ok");
     request.record.event_stream(head.is_event_stream());
     worker.shared.probe.at(Point::Response(&request.parts));

@@ -90,6 +90,8 @@ reasons! {
     Http2 = "http2",
     /// The EPP sent the request under another model name, and the agent restores the client's name in the response.
     ModelRenamed = "model_renamed",
+    /// The pool has `sse_keepalive`, and the response is an event stream.
+    SseKeepalive = "sse_keepalive",
     /// The EPP answers for the response's body (`response_to_picker = "body"`).
     PickerBody = "picker_body",
     /// The protocol was switched: bytes go both ways until both sides have closed.

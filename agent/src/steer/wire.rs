@@ -32,6 +32,8 @@ pub struct RequestFacts {
     pub told: bool,
     /// The model's name in the response is changed.
     pub renamed: bool,
+    /// Comments are sent in event streams.
+    pub keepalive: bool,
 }
 
 /// Whether the connections are watched, and the endpoint is asked to close its connection after the response.
@@ -47,6 +49,7 @@ pub fn may_watch(asked: &RequestFacts) -> Result<(), SteerReason> {
         () if asked.upgrade || !asked.streams => Err(SteerReason::NotStreamed),
         () if asked.told => Err(SteerReason::ResponseToPicker),
         () if asked.renamed => Err(SteerReason::ModelRenamed),
+        () if asked.keepalive => Err(SteerReason::SseKeepalive),
         () => Ok(()),
     }
 }
@@ -88,6 +91,7 @@ mod tests {
             streams: true,
             told: false,
             renamed: false,
+            keepalive: false,
         };
         let rows = [
             (base, Ok(())),
@@ -102,6 +106,7 @@ mod tests {
             (RequestFacts { streams: false, ..base }, Err(R::NotStreamed)),
             (RequestFacts { told: true, ..base }, Err(R::ResponseToPicker)),
             (RequestFacts { renamed: true, ..base }, Err(R::ModelRenamed)),
+            (RequestFacts { keepalive: true, ..base }, Err(R::SseKeepalive)),
         ];
         for (asked, expected) in rows {
             assert_eq!(may_watch(&asked), expected, "{asked:?}");

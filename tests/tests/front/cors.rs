@@ -2,12 +2,15 @@
 
 use penstock_agent::config::{Cors, OriginPattern};
 use penstock_tests::{
-    Plan, Request, Response,
+    Plan, Request, Response, eventually,
     scripted_epp::{Answering, reply},
     stage::{echo, json},
 };
 
-use crate::scene::{Back, Front, Scene, first};
+use crate::{
+    SOON,
+    scene::{Back, Front, Scene, first},
+};
 
 const PAGE: &str = "https://app.example";
 
@@ -60,8 +63,9 @@ async fn preflight_is_answered_by_the_agent() {
         let body = "GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n";
         assert_eq!(client.request(&preflight(PAGE).body(body)).await.unwrap().status(), 204);
         assert_eq!(scene.endpoint.requests(), 0);
-        let answered = scene.agent.count("penstock_requests_total", &["reason=\"cors_preflight\""]);
-        assert_eq!((answered, scene.epp.streams().len()), (4, 0));
+        let answered = || scene.agent.count("penstock_requests_total", &["reason=\"cors_preflight\""]);
+        eventually(SOON, || answered() == 4).await;
+        assert_eq!(scene.epp.streams().len(), 0);
         // Any other OPTIONS is forwarded.
         let options = Request::new("OPTIONS", "/test/echo").header("origin", PAGE);
         assert_eq!(scene.request(&options).await.echoed().method, "OPTIONS");

@@ -1,6 +1,7 @@
 //! Clients and endpoints over HTTP/1.1 and HTTP/2, with and without TLS. The bytes are the same for every protocol pair; each
 //! protocol's own features (streams, gRPC, certificates, upgrades) have their own tests.
 
+mod age;
 mod client_certificates;
 mod cors;
 mod evictions;
@@ -18,6 +19,7 @@ mod model_list;
 mod proxy_protocol;
 mod replaced;
 mod scene;
+mod sse_keepalive;
 mod returned;
 mod slow_readers;
 mod smuggling;

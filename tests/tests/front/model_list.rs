@@ -9,8 +9,11 @@ use penstock_agent::config::{Config, ModelList, ModelPattern, Pool, Route, Steer
 use penstock_tests::{
     Client, Deaf, Http2Client, Http2Options, Http2Server, ModelServer, Refusing, Request, Response,
     agent::{TestAgent, builtin_pool},
+    eventually,
     model_server::Options,
 };
+
+use crate::SOON;
 
 async fn server(model: &str) -> ModelServer {
     ModelServer::start(Options { model: model.to_owned(), ..Options::default() }).await.unwrap()
@@ -63,7 +66,8 @@ async fn merged_list_has_the_models_of_every_pool_that_answers() {
     let begin = Instant::now();
     let response = ask(&agent).await;
     assert_eq!(ids(&response), ["model-a", "model-b", "alias", "adapter"]);
-    assert!(begin.elapsed() >= limit && begin.elapsed() < 20 * limit, "{:?}", begin.elapsed());
+    // The endpoint that does not answer has half of the time, so that another one could be asked.
+    assert!(begin.elapsed() >= limit / 2 && begin.elapsed() < 20 * limit, "{:?}", begin.elapsed());
     for server in [&a, &b, &again] {
         let [seen] = &server.seen()[..] else { panic!("{:?}", server.seen()) };
         assert_eq!((seen.target.as_str(), seen.header("authorization")), ("/v1/models", Some("Bearer secret")));
@@ -71,8 +75,8 @@ async fn merged_list_has_the_models_of_every_pool_that_answers() {
     }
     let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
     assert_eq!(ids(&http2.request(&Request::get("/v1/models")).await.unwrap()).len(), 4);
-    let answered = agent.count("penstock_requests_total", &["reason=\"models\""]);
-    assert_eq!(answered, 2);
+    let answered = || agent.count("penstock_requests_total", &["reason=\"models\""]);
+    eventually(SOON, || answered() == 2).await;
     // Other paths and methods are routed.
     let mut client = Client::connect(agent.addr).await.unwrap();
     let one = client.request(&Request::get("/v1/models/")).await.unwrap();

@@ -152,7 +152,7 @@ fn unknown_top_level_key_is_rejected() {
     assert_eq!(
         messages(&format!("top = 1\n{POOL}")),
         [
-            "p.toml:1:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, process, node, dns, kubernetes, pools, routes"
+            "p.toml:1:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, models, steering, tracing, process, node, dns, kubernetes, pools, routes"
         ]
     );
 }

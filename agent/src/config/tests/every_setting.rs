@@ -155,6 +155,7 @@ const ROWS: &[Row] = &[
     }),
     ("[[pools]]", "ports = [8000, 8001]", |c| c.pools[0].ports == [8000, 8001]),
     ("[[pools]]", r#"app_protocol = "https""#, |c| c.pools[0].app_protocol == AppProtocol::Https),
+    ("[[pools]]", r#"sse_keepalive = "15s""#, |c| c.pools[0].sse_keepalive == Some(seconds(15))),
     ("[[pools]]", r#"pick_per = "lease""#, |c| c.pools[0].pick_per == PickPer::Lease),
     ("[[pools]]", r#"failure_mode = "open""#, |c| c.pools[0].failure_mode == FailureMode::Open),
     ("[[pools]]", r#"default_upstream = "127.0.0.2:1""#, |c| {

@@ -3,6 +3,25 @@
 use super::*;
 
 #[test]
+fn wrong_unix_sockets_are_rejected() {
+    let cases = [
+        (
+            "address = \"unix:epp.sock\"",
+            r#"address: found "unix:epp.sock", expected host:port, such as "epp.default.svc:9002", or unix:/path"#,
+        ),
+        (
+            "address = \"unix:/epp.sock\"\nhealth_port = 1",
+            "health_port: found a port of an EPP at a Unix socket, expected health on the same socket",
+        ),
+    ];
+    for (settings, expected) in cases {
+        let messages = messages(&format!("{POOL}[pools.picker]\nkind = \"epp\"\n{settings}"));
+        let [message] = &messages[..] else { panic!("{messages:?}") };
+        assert!(message.ends_with(expected), "{message}");
+    }
+}
+
+#[test]
 fn wrong_epps_are_rejected() {
     const HOST_PORT: &str = r#"expected host:port, such as "epp.default.svc:9002", or unix:/path"#;
     for address in ["epp", "epp:0", ":9002", "http://epp:9002", "user@epp:9002", "epp:99999", ""] {
@@ -18,14 +37,6 @@ fn wrong_epps_are_rejected() {
             r#"address[1]: found "e", expected host:port, such as "epp.default.svc:9002", or unix:/path"#,
         ),
         ("address = [\"e:1\", \"f:1\", \"e:1\"]", r#"address[2]: found "e:1" again, expected each address once"#),
-        (
-            "address = \"unix:epp.sock\"",
-            r#"address: found "unix:epp.sock", expected host:port, such as "epp.default.svc:9002", or unix:/path"#,
-        ),
-        (
-            "address = \"unix:/epp.sock\"\nhealth_port = 1",
-            "health_port: found a port of an EPP at a Unix socket, expected health on the same socket",
-        ),
         ("tls = \"on\"", r#"tls: found "on", expected "off" or "insecure" or "ca" or "pinned""#),
         ("tls = \"ca\"", "ca_file: found nothing, expected the file with the CA's certificate"),
         ("ca_file = \"ca.pem\"", r#"ca_file: found a setting without effect, expected tls = "ca""#),

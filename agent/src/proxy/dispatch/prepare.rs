@@ -73,6 +73,7 @@ fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<Tcp
         streams: request.streams || media::accepts_events(&request.parts.headers),
         told,
         renamed: request.names.is_some(),
+        keepalive: pool.sse_keepalive.is_some(),
     })?;
     let socket = socket.ok_or(SteerReason::Http2)?;
     TcpConnection::of(socket.stream()).map_err(|error| {

@@ -11,7 +11,7 @@ use crate::{
     client::{Client, ClientSocket},
     config::{self, ResponseToPicker, SteeringMode},
     deadline,
-    deliver::{Delivery, End, FrameCoding, Frames, Sink, Tunnel},
+    deliver::{Delivery, End, FrameCoding, Frames, Sink, SseKeepalive, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection},
     http::response::{BodyKind, ResponseHead},
     kernel::wire::Watched,
@@ -72,17 +72,19 @@ pub(super) async fn carry(
     {
         return by_picker::deliver(worker, client, request, head, body, &mut picked.stream, tee, rename, limit).await;
     }
-    if rename.is_some() {
+    let keepalive = SseKeepalive::of(worker.shared.config.pools[request.pool].sse_keepalive, head);
+    if rename.is_some() || keepalive.is_some() {
         head.change_body();
     }
+    let is_changed = rename.is_some() || keepalive.is_some();
     match (&mut *client, &mut *body) {
         (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
             tunnel(worker, socket, request, head, connection, pending, picked).await
         }
-        (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) if rename.is_none() => {
+        (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) if !is_changed => {
             bytes(worker, socket, request, head, connection, pending, picked, tee).await
         }
-        _ => frames(worker, client, request, head, body, picked, tee, rename).await,
+        _ => frames(worker, client, request, head, body, picked, tee, rename, keepalive).await,
     }
 }
 
@@ -238,15 +240,21 @@ async fn frames(
     picked: &mut Picked,
     tee: Option<&RefCell<Tee>>,
     rename: Option<Rename>,
+    keepalive: Option<SseKeepalive>,
 ) -> Carried {
-    let reason = if rename.is_some() { SteerReason::ModelRenamed } else { SteerReason::Http2 };
+    let is_http1 = matches!((&*client, &*body), (Client::Http1(_), ResponseBody::Http1 { .. }));
+    let reason = match () {
+        () if rename.is_some() => SteerReason::ModelRenamed,
+        () if is_http1 => SteerReason::SseKeepalive,
+        () => SteerReason::Http2,
+    };
     let (path, begun) = (Path::Relay, true);
     let Ok((lead, coding, keep_alive)) = frame(worker, client, request, head, body.is_done()) else {
         let account = Account::default();
         return Carried { end: Ok(End::ClientGone), account, path, reason, keep_alive: false, begun };
     };
     let (idle, to) = (request.timeouts.idle, Sink { client, lead, coding });
-    let mut delivery = Frames { to, body, tee, idle, account: Account::default(), rename };
+    let mut delivery = Frames { to, body, tee, idle, account: Account::default(), rename, keepalive };
     let end = tokio::select! {
         biased;
         end = delivery.run() => Ok(end),
