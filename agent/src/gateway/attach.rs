@@ -1,6 +1,6 @@
 //! Which listeners of a Gateway are served, and which HTTPRoutes are attached to them with which hosts.
 
-use super::objects::{ApiObject, GROUP, GatewaySpec, HttpRouteSpec, Listener, ParentRef, RouteKind};
+use super::objects::{ApiObject, GROUP, GatewayListener, GatewaySpec, HttpRouteSpec, ParentRef, RouteKind};
 use crate::config::{GatewayRef, HostPattern};
 
 /// A route at a listener, with the hosts that both have. `None`: every host.
@@ -19,47 +19,49 @@ pub fn attaches(named: &GatewayRef, route: &ApiObject) -> bool {
 
 /// Whether a listener allows routes from namespaces other than the Gateway's.
 pub fn is_any_namespace_allowed(gateway: &ApiObject) -> bool {
-    let is_open = |listener: &Listener| listener.allowed_routes.namespaces.from.as_deref().unwrap_or("Same") != "Same";
+    let is_open =
+        |listener: &GatewayListener| listener.allowed_routes.namespaces.from.as_deref().unwrap_or("Same") != "Same";
     gateway.read::<GatewaySpec>().is_ok_and(|spec| spec.listeners.iter().any(is_open))
 }
 
 /// Whether a listener selects namespaces by their labels.
 pub fn selects_namespaces(gateway: &ApiObject) -> bool {
-    let selects = |listener: &Listener| listener.allowed_routes.namespaces.from.as_deref() == Some("Selector");
+    let selects = |listener: &GatewayListener| listener.allowed_routes.namespaces.from.as_deref() == Some("Selector");
     gateway.read::<GatewaySpec>().is_ok_and(|spec| spec.listeners.iter().any(selects))
 }
 
 /// The listeners that the agent serves: HTTP at `port`, or at the port of the first HTTP listener. Listeners that conflict with
 /// others are not served.
-pub(super) fn served(gateway: &GatewaySpec, port: Option<u16>) -> Vec<Listener> {
-    let is_http = |listener: &&Listener| listener.protocol == "HTTP";
+pub(super) fn served(gateway: &GatewaySpec, port: Option<u16>) -> Vec<GatewayListener> {
+    let is_http = |listener: &&GatewayListener| listener.protocol == "HTTP";
     let port = port.or_else(|| gateway.listeners.iter().find(is_http).map(|listener| listener.port));
-    let conflicts = |listener: &&Listener| {
-        let same = |other: &&Listener| other.port == listener.port && other.name != listener.name;
+    let conflicts = |listener: &&GatewayListener| {
+        let same = |other: &&GatewayListener| other.port == listener.port && other.name != listener.name;
         let others: Vec<_> = gateway.listeners.iter().filter(same).collect();
         others.iter().any(|other| other.protocol != listener.protocol || other.hostname == listener.hostname)
     };
-    let is_served = |listener: &&Listener| is_http(listener) && Some(listener.port) == port && !conflicts(listener);
+    let is_served =
+        |listener: &&GatewayListener| is_http(listener) && Some(listener.port) == port && !conflicts(listener);
     gateway.listeners.iter().filter(is_served).cloned().collect()
 }
 
 /// The listeners that the route is attached to.
 pub(super) fn attachments(
     named: &GatewayRef,
-    listeners: &[Listener],
+    listeners: &[GatewayListener],
     route: &ApiObject,
     spec: &HttpRouteSpec,
     namespaces: &[ApiObject],
 ) -> Vec<Attachment> {
     let namespace = &route.metadata.namespace;
     let parents: Vec<_> = spec.parent_refs.iter().filter(|parent| parent.is_of(named, namespace)).collect();
-    let is_named = |listener: &Listener| {
+    let is_named = |listener: &GatewayListener| {
         parents.iter().any(|parent| {
             parent.section_name.as_ref().is_none_or(|name| *name == listener.name)
                 && parent.port.is_none_or(|port| port == listener.port)
         })
     };
-    let attach = |(index, listener): (usize, &Listener)| {
+    let attach = |(index, listener): (usize, &GatewayListener)| {
         let hosts = hosts(&listener.hostname, &spec.hostnames);
         let attaches = is_named(listener) && listener.allows(named, namespace, namespaces) && !hosts.is_empty();
         attaches.then_some(Attachment { listener: index, hosts })
@@ -77,7 +79,7 @@ impl ParentRef {
     }
 }
 
-impl Listener {
+impl GatewayListener {
     /// Whether HTTPRoutes of the namespace may attach.
     fn allows(&self, gateway: &GatewayRef, namespace: &str, namespaces: &[ApiObject]) -> bool {
         let allowed = &self.allowed_routes;

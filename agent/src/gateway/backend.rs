@@ -40,36 +40,42 @@ impl Grants {
         let weight = backend.weight.unwrap_or(1);
         match self.pool(of, backend) {
             Ok(pool) => WeightedPool::new(pool_name(&pool), weight),
-            Err(Refusal::Backend(why)) => refused(backend, weight, RefusedRoute::Backend(format!("{rule}: {why}"))),
-            Err(Refusal::Unsupported(why)) => {
+            Err(BackendRefusal::Backend(why)) => {
+                refused(backend, weight, RefusedRoute::Backend(format!("{rule}: {why}")))
+            }
+            Err(BackendRefusal::Unsupported(why)) => {
                 refused(backend, weight, RefusedRoute::Unsupported(format!("{rule}: {why}")))
             }
         }
     }
 
-    fn pool(&mut self, of: &ApiObject, backend: &BackendRef) -> Result<InferencePoolRef, Refusal> {
+    fn pool(&mut self, of: &ApiObject, backend: &BackendRef) -> Result<InferencePoolRef, BackendRefusal> {
         let (group, kind) = (backend.group.as_deref().unwrap_or(""), backend.kind.as_deref().unwrap_or("Service"));
         let version = match (group, kind) {
             ("inference.networking.k8s.io", "InferencePool") => InferencePoolVersion::V1,
             ("inference.networking.x-k8s.io", "InferencePool") => InferencePoolVersion::V1Alpha2,
             _ => {
                 let found = format!("backendRefs of kind {kind} of group {group:?} are not implemented");
-                return Err(Refusal::Backend(format!("{found}, expected an InferencePool")));
+                return Err(BackendRefusal::Backend(format!("{found}, expected an InferencePool")));
             }
         };
         if !backend.filters.is_empty() {
-            return Err(Refusal::Unsupported("backendRefs.filters is not implemented".to_owned()));
+            return Err(BackendRefusal::Unsupported("backendRefs.filters is not implemented".to_owned()));
         }
         let own = &of.metadata.namespace;
         let namespace = backend.namespace.as_ref().unwrap_or(own);
         if namespace != own && !self.is_granted(own, namespace, group, &backend.name) {
             let what = format!("the InferencePool {namespace}/{}", backend.name);
-            return Err(Refusal::Backend(format!("no ReferenceGrant in {namespace} permits the reference to {what}")));
+            return Err(BackendRefusal::Backend(format!(
+                "no ReferenceGrant in {namespace} permits the reference to {what}"
+            )));
         }
         let pool = InferencePoolRef { namespace: namespace.clone(), name: backend.name.clone(), version };
         if !self.pools.contains(&pool) {
             if self.pools.len() == MAX_POOLS {
-                return Err(Refusal::Backend(format!("HTTPRoutes refer to more than {MAX_POOLS} InferencePools")));
+                return Err(BackendRefusal::Backend(format!(
+                    "HTTPRoutes refer to more than {MAX_POOLS} InferencePools"
+                )));
             }
             self.pools.push(pool.clone());
         }
@@ -91,7 +97,7 @@ impl Grants {
     }
 }
 
-enum Refusal {
+enum BackendRefusal {
     Backend(String),
     Unsupported(String),
 }

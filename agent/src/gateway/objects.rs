@@ -44,12 +44,12 @@ impl ApiObject {
 #[derive(Debug, Clone, Deserialize)]
 pub(super) struct GatewaySpec {
     #[serde(default)]
-    pub(super) listeners: Vec<Listener>,
+    pub(super) listeners: Vec<GatewayListener>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Listener {
+pub(super) struct GatewayListener {
     pub(super) name: String,
     #[serde(default)]
     pub(super) hostname: String,

@@ -10,7 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     objects::Object,
     query::Query,
-    store::{Keep, Store},
+    store::{KeepFilter, Store},
     watch::{self, WatchParameters},
 };
 use crate::{config::Kubernetes, metrics::Metrics};
@@ -40,7 +40,11 @@ impl Watcher {
     }
 
     /// Begins a watch that keeps only objects for which `keep` returns true.
-    pub(super) fn begin_keeping<K: Object + PartialEq>(&self, query: Query, keep: Option<Keep<K>>) -> ObjectWatch<K> {
+    pub(super) fn begin_keeping<K: Object + PartialEq>(
+        &self,
+        query: Query,
+        keep: Option<KeepFilter<K>>,
+    ) -> ObjectWatch<K> {
         let store = Arc::new(Store::new(Arc::clone(&self.changed), keep));
         let subject = self.subject.clone();
         let metrics = self.metrics.kubernetes_watch(&subject, query.resource.plural);
@@ -82,7 +86,7 @@ impl<K: Object + PartialEq> Aimed<K> {
         &mut self,
         watcher: &Watcher,
         query: Option<Query>,
-        keep: impl FnOnce() -> Option<Keep<K>>,
+        keep: impl FnOnce() -> Option<KeepFilter<K>>,
     ) {
         let Some(query) = query else {
             *self = Self::default();

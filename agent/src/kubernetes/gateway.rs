@@ -11,7 +11,7 @@ use super::{
     aimed::{Aimed, Watcher},
     objects::Object,
     query::{GATEWAYS, HTTP_ROUTES, NAMESPACES, Query, REFERENCE_GRANTS},
-    store::Keep,
+    store::KeepFilter,
 };
 use crate::{
     config::{GatewayRef, Kubernetes},
@@ -100,7 +100,8 @@ impl GatewayFollower {
         let from = if gateway::is_any_namespace_allowed(&gateway) { "" } else { namespace };
         let query = Some(Query::labelled(HTTP_ROUTES, from, []));
         let named = self.named.clone();
-        let keep = || Some(Box::new(move |route: &ApiObject| gateway::attaches(&named, route)) as Keep<ApiObject>);
+        let keep =
+            || Some(Box::new(move |route: &ApiObject| gateway::attaches(&named, route)) as KeepFilter<ApiObject>);
         parts.routes.aim_keeping(watcher, query, keep);
         let selects = gateway::selects_namespaces(&gateway);
         parts.namespaces.aim(watcher, selects.then(|| Query::labelled(NAMESPACES, "", [])));

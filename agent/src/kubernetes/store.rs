@@ -11,7 +11,7 @@ use super::objects::Object;
 pub(super) const MAX_OBJECTS: usize = 10_000;
 
 /// Whether an object is kept.
-pub(super) type Keep<K> = Box<dyn Fn(&K) -> bool + Send + Sync>;
+pub(super) type KeepFilter<K> = Box<dyn Fn(&K) -> bool + Send + Sync>;
 
 pub(super) struct Store<K> {
     /// By key. None until the first list was complete.
@@ -19,11 +19,11 @@ pub(super) struct Store<K> {
     /// Notified when the objects change.
     changed: Arc<Notify>,
     /// None keeps all.
-    keep: Option<Keep<K>>,
+    keep: Option<KeepFilter<K>>,
 }
 
 impl<K: Object + PartialEq> Store<K> {
-    pub(super) fn new(changed: Arc<Notify>, keep: Option<Keep<K>>) -> Self {
+    pub(super) fn new(changed: Arc<Notify>, keep: Option<KeepFilter<K>>) -> Self {
         Self { objects: Mutex::default(), changed, keep }
     }
 

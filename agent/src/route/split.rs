@@ -13,7 +13,7 @@ pub(super) struct Split {
 
 /// Where the requests of a share go.
 #[derive(Debug, Clone)]
-enum Share {
+enum RouteShare {
     /// `None` if the named pool does not exist, which configuration parsing rules out.
     Pool(Option<usize>),
     Refused(RefusedRoute),
@@ -21,7 +21,7 @@ enum Share {
 
 #[derive(Debug, Clone)]
 struct WeightedShare {
-    pool: Share,
+    pool: RouteShare,
     /// Rolls from the previous share's `below` up to this number, exclusive, select this pool.
     below: u64,
 }
@@ -33,7 +33,7 @@ impl Split {
         for weighted in pools.iter().filter(|weighted| weighted.weight > 0) {
             total += u64::from(weighted.weight);
             let named = || config.pools.iter().position(|pool| pool.name == weighted.name);
-            let pool = weighted.refused.clone().map_or_else(|| Share::Pool(named()), Share::Refused);
+            let pool = weighted.refused.clone().map_or_else(|| RouteShare::Pool(named()), RouteShare::Refused);
             shares.push(WeightedShare { pool, below: total });
         }
         Self { shares, total }
@@ -49,8 +49,8 @@ impl Split {
             }
         };
         match &share.pool {
-            Share::Pool(pool) => pool.ok_or(NotRouted::NoRoute),
-            Share::Refused(why) => Err(NotRouted::Refused(why)),
+            RouteShare::Pool(pool) => pool.ok_or(NotRouted::NoRoute),
+            RouteShare::Refused(why) => Err(NotRouted::Refused(why)),
         }
     }
 }
