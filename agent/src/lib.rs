@@ -39,7 +39,10 @@ mod selftest;
 mod ladder;
 mod error;
 mod shared;
-#[cfg_attr(not(feature = "kubernetes"), allow(dead_code, reason = "only the discovery finds a Gateway"))]
+#[cfg_attr(
+    not(feature = "kubernetes"),
+    allow(dead_code, unused_imports, reason = "only the discovery finds a Gateway")
+)]
 mod gateway;
 mod inference_pools;
 mod room;
