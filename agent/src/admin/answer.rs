@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::flows::{self, AskedFlow};
 use crate::{
     kernel::wire::Registry,
-    logging::filter::{self, FilterError},
+    logging::filter::{self, LogFilterError},
     metrics::{self, Metrics},
     readiness::Readiness,
 };
@@ -137,7 +137,7 @@ impl Inside {
             InsideResource::Pools => not_allowed("GET, HEAD"),
             InsideResource::Log if reads => match filter::current() {
                 Some(current) => text(StatusCode::OK, format!("{current}\n")),
-                None => text(StatusCode::NOT_FOUND, format!("{}\n", FilterError::Fixed)),
+                None => text(StatusCode::NOT_FOUND, format!("{}\n", LogFilterError::Fixed)),
             },
             InsideResource::Log if *method == Method::PUT => log(query.unwrap_or_default()),
             InsideResource::Log => not_allowed("GET, HEAD, PUT"),
@@ -155,7 +155,7 @@ fn log(query: &str) -> Response<Full<Bytes>> {
             tracing::error!(filter = %wanted, "the admin port has changed what is logged");
             text(StatusCode::OK, format!("{wanted}\n"))
         }
-        Err(error @ FilterError::Fixed) => text(StatusCode::NOT_FOUND, format!("{error}\n")),
+        Err(error @ LogFilterError::Fixed) => text(StatusCode::NOT_FOUND, format!("{error}\n")),
         Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
     }
 }

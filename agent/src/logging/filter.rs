@@ -8,19 +8,19 @@ use tracing_subscriber::{EnvFilter, filter::ParseError, reload};
 /// Longest filter in bytes.
 const LONGEST: usize = 1024;
 
-type Change = Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>;
+type SetFilter = Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>;
 
 struct LogFilter {
     /// As it was given.
     text: Mutex<String>,
-    change: Change,
+    change: SetFilter,
 }
 
 static FILTER: OnceLock<LogFilter> = OnceLock::new();
 
 /// Why the filter stays as it was.
 #[derive(Debug, thiserror::Error)]
-pub enum FilterError {
+pub enum LogFilterError {
     /// The request names none.
     #[error("found no filter, expected /log?filter=LEVEL or /log?filter=TARGET=LEVEL,...")]
     Absent,
@@ -56,17 +56,17 @@ pub fn current() -> Option<String> {
 }
 
 /// Logs what `text` describes from now on.
-pub fn set(text: &str) -> Result<(), FilterError> {
+pub fn set(text: &str) -> Result<(), LogFilterError> {
     if text.trim().is_empty() {
-        return Err(FilterError::Absent);
+        return Err(LogFilterError::Absent);
     }
     if text.len() > LONGEST {
-        return Err(FilterError::TooLong(text.len()));
+        return Err(LogFilterError::TooLong(text.len()));
     }
-    let parsed = parse(text).map_err(|error| FilterError::Invalid(text.to_owned(), error))?;
-    let filter = FILTER.get().ok_or(FilterError::Fixed)?;
+    let parsed = parse(text).map_err(|error| LogFilterError::Invalid(text.to_owned(), error))?;
+    let filter = FILTER.get().ok_or(LogFilterError::Fixed)?;
     let mut current = filter.text.lock();
-    (filter.change)(parsed).map_err(|_| FilterError::Fixed)?;
+    (filter.change)(parsed).map_err(|_| LogFilterError::Fixed)?;
     text.clone_into(&mut current);
     Ok(())
 }
@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn filters_are_changed_only_by_valid_ones() {
-        assert!(matches!(set("info"), Err(FilterError::Fixed)));
+        assert!(matches!(set("info"), Err(LogFilterError::Fixed)));
         let (_, handle) = reload::Layer::<EnvFilter, tracing_subscriber::Registry>::new(parse("info").unwrap());
         let changed = handle.clone();
         installed("info", move |filter| changed.reload(filter));
@@ -91,6 +91,6 @@ mod tests {
         }
         assert_eq!(current().as_deref(), Some("info"));
         // The layer that the handle changes is gone.
-        assert!(matches!(set("debug"), Err(FilterError::Fixed)));
+        assert!(matches!(set("debug"), Err(LogFilterError::Fixed)));
     }
 }
