@@ -84,6 +84,8 @@ async fn is_served(agent: &AgentProcess) {
 async fn ends_well(mut agent: AgentProcess) -> Vec<String> {
     let ended = agent.process.ended(SOON).await.unwrap();
     assert_eq!(ended.code(), Some(0), "{:#?}", agent.process.output());
+    // The last line.
+    agent.process.line("stopped", SOON).await.unwrap();
     agent.process.output()
 }
 
