@@ -69,7 +69,7 @@ async fn connections_keep_no_picker_that_is_not_configured_any_more() {
         }
         world.reload(|config| config.pools[0].picker = Picker::Builtin);
         eventually(SOON, || world.epp.connections_open() == 0).await;
-        assert_eq!(world.agent.count("penstock_epp_connections", &[]), 0);
+        eventually(SOON, || world.agent.count("penstock_epp_connections", &[]) == 0).await;
         for client in &mut http1 {
             assert_eq!(client.request(&get()).await.unwrap().status(), 200);
         }
