@@ -119,7 +119,8 @@ impl<'a> Delivery<'a> {
                 (taken, payload.unwrap_or_default())
             } else {
                 let taken = session.framing.feed(&self.pending);
-                (taken, &self.pending[..taken])
+                // The last byte taken of an invalid body is the wrong one.
+                (taken, &self.pending[..taken - usize::from(session.framing.is_invalid())])
             };
             if let Some(tee) = session.tee {
                 // Before the write, so that the EPP does not wait for the client.

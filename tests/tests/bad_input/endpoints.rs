@@ -383,3 +383,25 @@ async fn spilled_body_is_retried_whole() {
     assert!(begun < 3 << 20);
     assert_eq!(agent.metric("penstock_endpoint_retries_total", &[]), 1.0);
 }
+
+/// The client sees a body that ends too early, and no byte that is no part of one.
+#[tokio::test]
+async fn wrong_byte_of_a_chunked_body_is_not_forwarded() {
+    let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+    let chunk = format!("186a0\r\n{}", "x".repeat(100_000));
+    let rows = [("", "w"), ("\r", "w"), ("\r\n", "g"), ("\r\n5", "\n"), ("\r\n5\r", "5"), ("\r\n0\r\n", "\n")];
+    for mode in [SteeringMode::Off, SteeringMode::Ingress] {
+        for (more, wrong) in rows {
+            let valid = format!("{chunk}{more}");
+            let endpoint = Endpoint::start(format!("{head}{valid}{wrong}").as_bytes(), Then::Keep).await;
+            let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), mode, |_| {});
+            let mut client = Client::connect(agent.addr).await.unwrap();
+            client.send(&Request::get("/test/echo")).await.unwrap();
+            assert_eq!(client.head().await.unwrap().status, 200);
+            client.until_end().await.unwrap();
+            let read = client.surplus();
+            assert!(valid.as_bytes().starts_with(read), "{mode:?} {more:?}: {} of {} bytes", read.len(), valid.len());
+            eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"endpoint_broke\""]) == 1).await;
+        }
+    }
+}
