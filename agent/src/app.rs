@@ -43,7 +43,7 @@ use crate::{
     room::Room,
     shared::{Shared, names},
     steer::SteeringSupport,
-    takeover::{Inherited, Passed, Role},
+    takeover::{Inherited, Loan, Passed, Role},
     telemetry::{Exporter, Telemetry},
     tls::Certificate,
 };
@@ -174,11 +174,11 @@ impl Agent {
     }
 
     /// Duplicates of the listening sockets, for the agent after this one.
-    pub(crate) fn passed(&self) -> io::Result<Vec<Passed>> {
-        let mut passed = self.sockets.lock().passed()?;
+    pub(crate) fn passed(&self) -> io::Result<(Vec<Passed>, Loan)> {
+        let (mut passed, loan) = self.sockets.lock().passed()?;
         let admin = self.admin.socket()?.map(|socket| Passed { role: Role::Admin, held: self.admin_held, socket });
         passed.extend(admin);
-        Ok(passed)
+        Ok((passed, loan))
     }
 
     /// What the sockets are for that were taken over from the agent before this one.

@@ -8,7 +8,7 @@
 
 mod begin;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -105,10 +105,15 @@ fn run(
     let reloads = Reloads { agent: Arc::clone(&agent), read: Arc::new(read), running: None, again: false };
     let mut stop = StopSignals { terminate, interrupt };
     let ran = runtime.block_on(async {
+        let notifier = Notifier::from_env();
+        match agent.readiness().pending() {
+            pending if pending.is_empty() => {}
+            pending => notifier.waiting(&pending),
+        }
         let begun = begin(&agent, begins, &mut stop).await?;
         if begun == Begun::Accepting {
-            let mut running = Running { agent: &agent, stop, reloads, notifier: Notifier::from_env() };
-            running.live(hangup, upgrade).await?;
+            let mut running = Running { agent: &agent, stop, reloads, notifier };
+            running.live(hangup, upgrade).await;
         }
         anyhow::Ok(begun)
     });
@@ -184,34 +189,41 @@ struct Running<'a, R> {
 }
 
 impl<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static> Running<'_, R> {
-    async fn live(&mut self, mut hangup: Signal, upgrade: Option<UpgradeSocket>) -> io::Result<()> {
+    async fn live(&mut self, mut hangup: Signal, upgrade: Option<UpgradeSocket>) {
         let agent = self.agent;
         let weak = Arc::downgrade(agent);
-        let passed = move || weak.upgrade().map_or_else(|| Ok(Vec::new()), |agent| agent.passed());
-        let mut giving = upgrade.map(|upgrade| upgrade.publish(passed)).transpose()?;
+        let passed = move || weak.upgrade().ok_or_else(|| io::Error::other("the agent has ended"))?.passed();
+        let mut giving = upgrade.and_then(|upgrade| {
+            let published = upgrade.publish(passed);
+            // This agent may have taken over already.
+            published.inspect_err(|error| tracing::error!(%error, "cannot answer at process.upgrade_socket")).ok()
+        });
         let mut leave = Leave::from(&agent.config());
         let mut told_ready = false;
-        if !agent.readiness().is_ready() {
-            self.notifier.waiting(&agent.readiness().pending());
-        }
-        let successor = loop {
-            tokio::select! {
-                () = self.stop.requested() => break None,
-                () = agent.failed() => break None,
-                successor = successor(&mut giving) => break Some(successor),
-                () = agent.readiness().ready(), if !told_ready => {
-                    self.notifier.ready();
-                    told_ready = true;
+        let successor = {
+            let mut watching = pin!(watch_over(agent, &self.notifier));
+            loop {
+                tokio::select! {
+                    () = self.stop.requested() => break None,
+                    () = agent.failed() => break None,
+                    successor = successor(&mut giving) => break Some(successor),
+                    () = agent.readiness().ready(), if !told_ready => {
+                        self.notifier.ready();
+                        told_ready = true;
+                    }
+                    _ = hangup.recv() => {
+                        self.notifier.reloading();
+                        self.reloads.start();
+                    }
+                    done = self.reloads.done() => {
+                        leave = done.unwrap_or(leave);
+                        match agent.readiness().pending() {
+                            pending if pending.is_empty() => self.notifier.ready(),
+                            pending => self.notifier.waiting(&pending),
+                        }
+                    }
+                    () = &mut watching => {}
                 }
-                _ = hangup.recv() => {
-                    self.notifier.reloading();
-                    self.reloads.start();
-                }
-                done = self.reloads.done() => {
-                    leave = done.unwrap_or(leave);
-                    self.notifier.ready();
-                }
-                () = watch_over(agent, &self.notifier) => {}
             }
         };
         match successor {
@@ -219,8 +231,11 @@ impl<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static> Running<'_
             None => self.notifier.stopping(),
         }
         drop(giving);
-        self.drain(leave).await;
-        Ok(())
+        let Self { stop, notifier, .. } = self;
+        tokio::select! {
+            () = drain(agent, stop, leave) => {}
+            () = watch_over(agent, notifier) => {}
+        }
     }
 
     /// Leaves the sockets to an agent that accepts from them.
@@ -234,35 +249,31 @@ impl<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static> Running<'_
         // It goes on if it has ended meanwhile: so does this one's drain.
         let _ = done.send(());
     }
+}
 
-    async fn drain(&mut self, leave: Leave) {
-        let agent = self.agent;
-        tracing::info!(lame_duck = ?leave.lame_duck, deadline = ?leave.drain, "draining");
-        agent.leave();
-        let mut forced = false;
-        let lame_duck = Instant::now() + leave.lame_duck;
-        while Instant::now() < lame_duck && !forced {
-            tokio::select! {
-                () = self.stop.requested() => forced = true,
-                () = tokio::time::sleep_until(lame_duck) => {}
-                () = watch_over(agent, &self.notifier) => {}
+/// Stops the agent within its time limits. A signal shortens them.
+async fn drain(agent: &Agent, stop: &mut StopSignals, leave: Leave) {
+    tracing::info!(lame_duck = ?leave.lame_duck, deadline = ?leave.drain, "draining");
+    agent.leave();
+    let mut forced = false;
+    tokio::select! {
+        () = stop.requested(), if !leave.lame_duck.is_zero() => forced = true,
+        () = tokio::time::sleep(leave.lame_duck) => {}
+    }
+    if forced {
+        agent.force();
+    } else {
+        agent.drain();
+    }
+    let deadline = Instant::now() + leave.drain;
+    while !agent.is_done() {
+        tokio::select! {
+            () = stop.requested() => agent.force(),
+            () = tokio::time::sleep_until(deadline), if !forced => {
+                agent.force();
+                forced = true;
             }
-        }
-        if forced {
-            agent.force();
-        } else {
-            agent.drain();
-        }
-        let deadline = Instant::now() + leave.drain;
-        while !agent.is_done() {
-            tokio::select! {
-                () = self.stop.requested() => agent.force(),
-                () = tokio::time::sleep_until(deadline), if !forced => {
-                    agent.force();
-                    forced = true;
-                }
-                () = tokio::time::sleep(CHECK_INTERVAL) => {}
-            }
+            () = tokio::time::sleep(CHECK_INTERVAL) => {}
         }
     }
 }
@@ -275,19 +286,21 @@ async fn successor(giving: &mut Option<Giving>) -> Successor {
     }
 }
 
-/// Gives the service manager's watchdog one sign of life, if every worker has one. Cancel-safe.
+/// Gives the service manager's watchdog its signs of life, while every worker has some. Never returns.
 async fn watch_over(agent: &Agent, notifier: &Notifier) {
     let Some(interval) = notifier.watchdog() else { return std::future::pending().await };
-    tokio::time::sleep(interval / 3).await;
-    let silence = agent.silence();
-    // Workers give one each second.
-    if silence < (interval / 3).max(3 * WORKER_PULSE) {
-        notifier.alive();
-    } else {
-        tracing::error!(
-            ?silence,
-            "a worker is stuck, not telling the service manager's watchdog that the agent is alive"
-        );
+    loop {
+        tokio::time::sleep(interval / 3).await;
+        let silence = agent.silence();
+        // Workers give one each second.
+        if silence < (interval / 3).max(3 * WORKER_PULSE) {
+            notifier.alive();
+        } else {
+            tracing::error!(
+                ?silence,
+                "a worker is stuck, not telling the service manager's watchdog that the agent is alive"
+            );
+        }
     }
 }
 

@@ -74,19 +74,25 @@ pub async fn serve(
             pulse();
         }
     };
+    let serving = async {
+        tokio::select! {
+            () = accept_loop.accept_everywhere(listeners) => {}
+            () = follow(&current, updates) => {}
+            () = current.idle.serve_others() => {}
+        }
+        accept_loop.connections.close();
+        accept_loop.connections.wait().await;
+        let worker = current.worker();
+        let epps_finished = join_all(worker.epps.iter().flatten().map(|epp| epp.finished()));
+        tokio::select! {
+            _ = epps_finished => {}
+            () = worker.shared.force.cancelled() => {}
+        }
+    };
+    // Also during the drain.
     tokio::select! {
-        () = accept_loop.accept_everywhere(listeners) => {}
+        () = serving => {}
         () = sweep => {}
-        () = follow(&current, updates) => {}
-        () = current.idle.serve_others() => {}
-    }
-    accept_loop.connections.close();
-    accept_loop.connections.wait().await;
-    let worker = current.worker();
-    let epps_finished = join_all(worker.epps.iter().flatten().map(|epp| epp.finished()));
-    tokio::select! {
-        _ = epps_finished => {}
-        () = worker.shared.force.cancelled() => {}
     }
 }
 

@@ -13,6 +13,7 @@ pub mod taking;
 use std::{
     fmt, io,
     net::{SocketAddr, TcpListener},
+    sync::Arc,
 };
 
 /// What a listening socket is for.
@@ -69,6 +70,31 @@ impl Passed {
     }
 }
 
+/// Whether another process has this agent's sockets, too.
+#[derive(Debug, Default)]
+pub struct Lent(Arc<()>);
+
+/// Another process has the sockets as long as it exists.
+#[derive(Debug)]
+pub struct Loan(Arc<()>);
+
+impl Lent {
+    pub fn lend(&self) -> Loan {
+        Loan(Arc::clone(&self.0))
+    }
+
+    pub fn is_lent(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+}
+
+impl Loan {
+    /// The other process accepts from the sockets, and keeps them.
+    pub fn keep(self) {
+        std::mem::forget(self.0);
+    }
+}
+
 /// Sockets that this agent uses instead of binding its own.
 #[derive(Debug, Default)]
 pub struct Inherited {
@@ -88,6 +114,7 @@ impl Inherited {
     pub fn used(&self) -> Vec<Role> {
         self.used.clone()
     }
+
     /// The sockets for `role`, whose configured address is `address`. Empty if it has to be bound.
     pub fn take(&mut self, role: Role, address: SocketAddr) -> Vec<Passed> {
         let taken: Vec<_> = self.taken.extract_if(.., |one| one.role == role && one.is_at(address)).collect();

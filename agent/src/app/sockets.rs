@@ -14,7 +14,7 @@ use crate::{
     kernel::socket,
     listeners::Listeners,
     server::{Listener, Stop},
-    takeover::{Inherited, Passed, Role},
+    takeover::{Inherited, Lent, Loan, Passed, Role},
     tls::Acceptor,
 };
 
@@ -25,6 +25,8 @@ const BACKLOG: i32 = 4096;
 pub(super) struct Sockets {
     plain: ListenGroup,
     secured: Option<ListenGroup>,
+    /// To the agent after this one.
+    lent: Lent,
 }
 
 /// The sockets of one address: one per worker, or those that were inherited.
@@ -47,7 +49,7 @@ impl Sockets {
         };
         let plain = open(Role::Listen, listen.address)?;
         let secured = listen.tls.as_ref().map(|tls| open(Role::Tls, tls.address)).transpose()?;
-        Ok(Self { plain, secured })
+        Ok(Self { plain, secured, lent: Lent::default() })
     }
 
     /// The addresses of the agent, with the ports that were bound.
@@ -98,13 +100,14 @@ impl Sockets {
         Ok(listeners)
     }
 
-    /// Duplicates for another process.
-    pub(super) fn passed(&self) -> io::Result<Vec<Passed>> {
+    /// Duplicates for another process, which has them as long as the loan lasts.
+    pub(super) fn passed(&self) -> io::Result<(Vec<Passed>, Loan)> {
         let group = |group: &ListenGroup| {
             let passed = |socket: &TcpListener| Passed::duplicate(group.role, group.held, socket);
             group.sockets.iter().map(passed).collect::<Vec<_>>()
         };
-        self.groups().flat_map(group).collect()
+        let passed = self.groups().flat_map(group).collect::<io::Result<_>>()?;
+        Ok((passed, self.lent.lend()))
     }
 
     /// Leaves the sockets of `roles` to another process: stops accepting at once, and closes this process's descriptors.
@@ -115,10 +118,12 @@ impl Sockets {
         }
     }
 
-    /// Closes this process's descriptors once the workers have accepted what waits in the queues.
+    /// Closes this process's descriptors: of sockets that another process has, too, at once, of others when the workers have accepted
+    /// what waits in the queues.
     pub(super) fn close(&mut self) {
+        let is_lent = self.lent.is_lent();
         for group in self.groups_mut() {
-            let stop = if group.held { Stop::Released } else { Stop::Closed };
+            let stop = if group.held || is_lent { Stop::Released } else { Stop::Closed };
             group.stop.send_if_modified(|before| *before == Stop::No && std::mem::replace(before, stop) != stop);
             group.sockets.clear();
         }
@@ -140,7 +145,9 @@ impl ListenGroup {
         sockets.iter().try_for_each(|socket| socket.set_nonblocking(true))?;
         if let Some(first) = sockets.first() {
             let address = first.local_addr()?;
-            match bind(address, count.saturating_sub(sockets.len())) {
+            // The queues of a service manager's sockets outlive the agent; those of further ones would not.
+            let missing = if held { 0 } else { count.saturating_sub(sockets.len()) };
+            match bind(address, missing) {
                 Ok(more) => sockets.extend(more),
                 // As if another user has opened those that were inherited.
                 Err(error) => {
@@ -212,6 +219,7 @@ fn warn_if_shared(address: SocketAddr) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
 
     #[test]
     fn every_socket_is_accepted_from_and_every_worker_accepts() {
@@ -240,10 +248,38 @@ mod tests {
             let group = ListenGroup::open(Role::Listen, "127.0.0.1:0".parse().unwrap(), count, passed).unwrap();
             assert_eq!((group.sockets.len(), group.address), (expected, address));
         }
+        // The service manager's get none beside them.
+        let held = passed.iter().map(|socket| Passed::duplicate(Role::Listen, true, socket).unwrap()).collect();
+        let group = ListenGroup::open(Role::Listen, "127.0.0.1:0".parse().unwrap(), 5, held).unwrap();
+        assert_eq!((group.sockets.len(), group.address), (2, address));
         // A socket without SO_REUSEPORT, as a service manager may pass.
         let single = TcpListener::bind("127.0.0.1:0").unwrap();
         let passed = vec![Passed::duplicate(Role::Listen, true, &single).unwrap()];
         let group = ListenGroup::open(Role::Listen, "0.0.0.0:1".parse().unwrap(), 4, passed).unwrap();
         assert!(group.held && group.sockets.len() == 1 && group.address == single.local_addr().unwrap());
+    }
+
+    /// A socket that another process has, too, is closed without waiting for its queue, which is the other's.
+    #[test]
+    fn lent_sockets_are_released() {
+        let mut listen = Config::new(Vec::new()).listen;
+        listen.address = "127.0.0.1:0".parse().unwrap();
+        let stopped = |lend: fn(Loan) -> Option<Loan>| {
+            let mut sockets = Sockets::open(&listen, 1, &mut Inherited::default()).unwrap();
+            let (_passed, loan) = sockets.passed().unwrap();
+            let _loan = lend(loan);
+            let stop = sockets.plain.stop.subscribe();
+            sockets.close();
+            *stop.borrow()
+        };
+        assert_eq!(stopped(Some), Stop::Released);
+        assert_eq!(stopped(|_over| None), Stop::Closed);
+        assert_eq!(
+            stopped(|loan| {
+                loan.keep();
+                None
+            }),
+            Stop::Released
+        );
     }
 }

@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use super::{
-    Passed, Role,
+    Loan, Passed, Role,
     message::{self, Malformed, ReceivedLines, TakeoverLine},
 };
 use crate::kernel::descriptors;
@@ -76,7 +76,10 @@ impl UpgradeSocket {
     }
 
     /// Puts the socket at its path, in place of another agent's, and answers there. `sockets` yields what is handed over.
-    pub fn publish(self, sockets: impl Fn() -> io::Result<Vec<Passed>> + Send + Sync + 'static) -> io::Result<Giving> {
+    pub fn publish(
+        self,
+        sockets: impl Fn() -> io::Result<(Vec<Passed>, Loan)> + Send + Sync + 'static,
+    ) -> io::Result<Giving> {
         std::fs::rename(&self.hidden, &self.path)?;
         let file = std::fs::metadata(&self.path).map(|file| (file.dev(), file.ino()))?;
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
@@ -123,7 +126,7 @@ impl Drop for Giving {
 
 #[derive(Clone)]
 struct Conversations {
-    sockets: Arc<dyn Fn() -> io::Result<Vec<Passed>> + Send + Sync>,
+    sockets: Arc<dyn Fn() -> io::Result<(Vec<Passed>, Loan)> + Send + Sync>,
     ready: mpsc::Sender<Successor>,
     /// Held by the conversation that takes the sockets.
     turn: Arc<Semaphore>,
@@ -169,7 +172,8 @@ impl Conversations {
         let Ok(_turn) = self.turn.try_acquire() else {
             return refuse(&mut stream, "another agent is already taking over".to_owned()).await;
         };
-        let sockets = (self.sockets)()?;
+        // Kept until the conversation ends, whatever else this agent does meanwhile.
+        let (sockets, loan) = (self.sockets)()?;
         tracing::info!(pid = peer.pid(), version = program, sockets = sockets.len(), "another agent is taking over");
         timeout(PROMPT, send(&mut stream, &sockets)).await.context("it did not read in time")??;
         drop(sockets);
@@ -177,6 +181,7 @@ impl Conversations {
             TakeoverLine::Ready(roles) => roles,
             other => bail!("expected `ready`, found `{other}`"),
         };
+        loan.keep();
         let (done, is_done) = oneshot::channel();
         let successor = Successor { roles, pid: peer.pid(), program, done };
         ensure!(self.ready.send(successor).await.is_ok() && is_done.await.is_ok(), "this agent stops already");

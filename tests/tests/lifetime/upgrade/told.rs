@@ -3,7 +3,11 @@
 use std::os::unix::net::UnixDatagram;
 
 use nix::sys::signal::Signal;
-use penstock_tests::agent_process::AgentProcess;
+use penstock_tests::{
+    Client, Plan,
+    agent_process::AgentProcess,
+    model_server::{Fault, FaultKind},
+};
 
 use super::{Scene, ends_well, is_served};
 use crate::SOON;
@@ -60,4 +64,30 @@ async fn service_manager_is_told_of_start_reload_takeover_and_stop() {
     new.process.terminate().unwrap();
     manager.told("STOPPING=1").await;
     ends_well(new).await;
+}
+
+/// Otherwise it would end a drain that takes longer than its watchdog waits.
+#[tokio::test]
+async fn signs_of_life_go_on_during_a_drain() {
+    let scene = Scene::new().await;
+    let path = scene.folder.path().join("notify");
+    let manager = Manager(UnixDatagram::bind(&path).unwrap());
+    manager.0.set_read_timeout(Some(SOON)).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    let notify = format!("NOTIFY_SOCKET={}", path.display());
+    let through = ["env", &notify, "WATCHDOG_USEC=600000"];
+    let mut agent = AgentProcess::start_through_with_text(&through, &scene.text(2, "off", "")).await.unwrap();
+    manager.told("READY=1").await;
+    let fault = Some(Fault { after: 1000, kind: FaultKind::Stall });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    client.send(&Plan { size: 2000, fault, ..Plan::default() }.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    agent.process.terminate().unwrap();
+    manager.told("STOPPING=1").await;
+    // Three in 600 ms: for longer than a silent worker is taken to be alive, and than the lame duck.
+    for _ in 0..30 {
+        manager.told("WATCHDOG=1").await;
+    }
+    drop(client);
+    agent.process.ended(SOON).await.unwrap();
 }
