@@ -29,7 +29,7 @@ pub use self::{
 };
 use self::{
     guarded::ReplyGuard,
-    models::{answer_models, is_merged},
+    models::answer_models,
     picked::PickOutcome,
     receive::receive,
     record::Record,
@@ -182,8 +182,8 @@ async fn pick_and_respond(
     if headers::is_last_forward(&request.parts.method, &mut request.parts.headers) {
         return answer_last_forward(worker, client, request, upload).await;
     }
-    if is_merged(&worker.shared.config, request) {
-        return answer_models(worker, client, request, upload).await;
+    if request.lists_models {
+        return unless_stopped(worker, Box::pin(answer_models(worker, client, request, upload))).await;
     }
     let mut picking = true;
     let phases = pick_and_dispatch(worker, client, request, upload, lease, &mut picking);

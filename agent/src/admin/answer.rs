@@ -41,7 +41,7 @@ enum InsideResource {
 }
 
 impl InsideResource {
-    /// What a path names; `None` if it is no such resource.
+    /// What a path names; `None` for other paths.
     fn asked(path: &str) -> Option<Self> {
         match path {
             "/pools" => Some(Self::Pools),

@@ -475,7 +475,7 @@ pub(super) fn header_name() -> Value<HeaderName> {
 
 /// Whether the header neither frames the message nor belongs to the connection.
 pub fn may_be_changed(name: &HeaderName) -> bool {
-    const RESERVED: [HeaderName; 8] = [
+    const RESERVED: [HeaderName; 9] = [
         header::HOST,
         header::CONTENT_LENGTH,
         header::TRANSFER_ENCODING,
@@ -484,6 +484,8 @@ pub fn may_be_changed(name: &HeaderName) -> bool {
         header::TRAILER,
         header::UPGRADE,
         header::EXPECT,
+        // Without it, requests could go round in circles.
+        HeaderName::from_static("x-penstock-hop"),
     ];
     !RESERVED.contains(name)
 }

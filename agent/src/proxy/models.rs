@@ -7,14 +7,14 @@ use std::{collections::HashSet, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, StatusCode, header, uri::PathAndQuery};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
-use super::request::{AfterRequest, Request};
+use super::request::{AfterRequest, LIST_PATH, Request};
 use crate::{
     client::Client,
-    config::{Config, ModelList, ModelPattern},
+    config::{Config, ModelPattern},
     endpoint::single::{SingleError, SingleRequest},
     error::Error,
     http::{headers, reply::Reply},
@@ -23,8 +23,6 @@ use crate::{
     worker::Worker,
 };
 
-/// Where OpenAI's API has the list.
-const PATH: &str = "/v1/models";
 /// The most bytes of one pool's list.
 const LIST: usize = 1 << 20;
 /// The most models of the merged list.
@@ -37,12 +35,6 @@ enum PoolAnswer {
     Models(Vec<Value>),
     /// Not with a list.
     Refused(StatusCode, Bytes),
-}
-
-/// Whether the agent answers the request.
-pub(super) fn is_merged(config: &Config, request: &Request) -> bool {
-    let is_read = matches!(request.parts.method, Method::GET | Method::HEAD);
-    config.models.list == ModelList::Merged && is_read && request.parts.uri.path() == PATH
 }
 
 /// Answers with the models of all pools. If no pool has a list, the answer is that of the first pool that answered at all.
@@ -134,7 +126,7 @@ async fn list(worker: &Worker, pool: usize, fields: &HeaderMap) -> Option<PoolAn
         let _place = worker.lists.acquire().await.ok()?;
         let tls = shared.endpoint_tls[pool].as_deref();
         let asked = SingleRequest { address, protocol: settings.app_protocol, tls };
-        let path = PathAndQuery::from_static(PATH);
+        let path = PathAndQuery::from_static(LIST_PATH);
         let answer = asked.get(&path, fields.clone(), LIST);
         let limit = shared.config.models.timeout / ATTEMPTS as u32;
         match tokio::time::timeout(limit.max(Duration::from_millis(1)), answer).await {
@@ -153,15 +145,17 @@ fn report(address: std::net::SocketAddr, error: &SingleError) {
 fn read(status: StatusCode, body: Bytes) -> PoolAnswer {
     let list = || match serde_json::from_slice(&body).ok()? {
         Value::Object(mut all) => match all.remove("data")? {
-            Value::Array(list) => Some(list),
+            Value::Array(list) => Some(list.into_iter().filter(|model| name(model).is_some()).take(MODELS).collect()),
             _ => None,
         },
         _ => None,
     };
     match list() {
         Some(list) if status.is_success() => PoolAnswer::Models(list),
-        // A success without a list is the fault of the endpoint.
-        _ if status.is_success() => PoolAnswer::Refused(StatusCode::BAD_GATEWAY, Bytes::from_static(b"{}")),
+        // A success without a list, or a switch of protocol, is the fault of the endpoint.
+        _ if status.is_success() || status.is_informational() => {
+            PoolAnswer::Refused(StatusCode::BAD_GATEWAY, Bytes::from_static(b"{}"))
+        }
         _ => PoolAnswer::Refused(status, body),
     }
 }
@@ -175,6 +169,10 @@ fn named(config: &Config) -> impl Iterator<Item = &str> {
     routed.chain(config.bbr.base_models.keys().map(String::as_str))
 }
 
+fn name(model: &Value) -> Option<&str> {
+    model.get("id").and_then(Value::as_str)
+}
+
 /// Models in the order of the pools, each name once.
 #[derive(Default)]
 struct MergedModels {
@@ -185,7 +183,7 @@ struct MergedModels {
 impl MergedModels {
     /// Adds an entry of an endpoint's list. One without a name is left out.
     fn add(&mut self, model: Value) {
-        let Some(name) = model.get("id").and_then(Value::as_str).map(str::to_owned) else { return };
+        let Some(name) = name(&model).map(str::to_owned) else { return };
         if self.list.len() < MODELS && self.names.insert(name) {
             self.list.push(model);
         }
@@ -234,6 +232,8 @@ mod tests {
         for body in ["", "[]", "{}", r#"{"data": {}}"#, r#"{"data": [}"#] {
             assert!(matches!(read(200, body), PoolAnswer::Refused(StatusCode::BAD_GATEWAY, _)), "{body}");
         }
+        assert!(matches!(read(101, ""), PoolAnswer::Refused(StatusCode::BAD_GATEWAY, _)));
+        assert!(matches!(read(200, r#"{"data": [1, {}, []]}"#), PoolAnswer::Models(list) if list.is_empty()));
         assert!(matches!(read(401, r#"{"data": []}"#), PoolAnswer::Refused(StatusCode::UNAUTHORIZED, _)));
     }
 }

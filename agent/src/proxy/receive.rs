@@ -45,7 +45,10 @@ pub(super) async fn receive(
         if let Some(why) = &config.pools[routed.pool].unusable {
             return Err(Error::Pool(why.clone()));
         }
-        if let Some(changes) = routed.changes {
+        // A route's changes are for its own pool, and the list asks all of them.
+        if let Some(changes) = routed.changes
+            && !request.lists_models
+        {
             request.change(changes)?;
         }
         Ok::<_, Error>(routed.timeouts.body)

@@ -2,12 +2,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{HeaderMap, HeaderValue, Uri, request};
+use http::{HeaderMap, HeaderValue, Method, Uri, request};
 use tokio::time::Instant;
 
 use super::record::{Origin, Record};
 use crate::{
-    config::Config,
+    config::{Config, ModelList},
     deadline::with_deadline,
     endpoint::connection::EndpointConnection,
     error::{Error, Manner},
@@ -61,6 +61,8 @@ pub(super) struct Request {
     /// The protocol that the client wants to switch to.
     pub(super) upgrade: Option<HeaderValue>,
     pub(super) pool: usize,
+    /// The agent answers it with the models of all pools.
+    pub(super) lists_models: bool,
     /// Its body asks for a stream.
     pub(super) streams: bool,
     pub(super) record: Record,
@@ -80,11 +82,21 @@ pub(super) struct Request {
     pub(super) deadline: Deadline,
 }
 
+/// Where OpenAI's API has the list of models.
+pub(super) const LIST_PATH: &str = "/v1/models";
+
+/// Whether the agent answers a request with this head, as the client sent it, with the models of all pools.
+fn lists_models(config: &Config, head: &request::Parts) -> bool {
+    let is_read = matches!(head.method, Method::GET | Method::HEAD);
+    config.models.list == ModelList::Merged && is_read && head.uri.path() == LIST_PATH
+}
+
 impl Request {
     /// The request with this head. Its pool is set by routing.
     pub(super) fn new(config: &Config, parts: request::Parts, keep_alive: bool, origin: Origin) -> Self {
         let timeouts = RequestTimeouts::from(&config.timeouts);
         Self {
+            lists_models: lists_models(config, &parts),
             grant: config.listen.cors.as_ref().map(|cors| Grant::of(cors, &parts.headers)),
             begun: origin.begun,
             last_at: origin.last_at,

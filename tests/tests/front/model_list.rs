@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{Config, ModelList, ModelPattern, Pool, Route, SteeringMode};
+use http::{HeaderName, HeaderValue, header::AUTHORIZATION};
+use penstock_agent::config::{Config, ModelList, ModelPattern, Pool, Route, SetField, SteeringMode};
 use penstock_tests::{
     Client, Deaf, Http2Client, Http2Options, Http2Server, ModelServer, Refusing, Request, Response,
     agent::{TestAgent, builtin_pool},
@@ -81,6 +82,25 @@ async fn merged_list_has_the_models_of_every_pool_that_answers() {
     let mut client = Client::connect(agent.addr).await.unwrap();
     let one = client.request(&Request::get("/v1/models/")).await.unwrap();
     assert_eq!(one.served_by(), Some(b.addr));
+}
+
+#[tokio::test]
+async fn changes_of_a_route_do_not_reach_other_pools() {
+    let (a, b) = (server("model-a").await, server("model-b").await);
+    let agent = agent(vec![pool("a", &[a.addr]), pool("b", &[b.addr])], |config| {
+        let mut route = Route::to("a");
+        let value = |text: &'static str| HeaderValue::from_static(text);
+        route.request_headers.set = vec![
+            SetField { name: AUTHORIZATION, value: value("Bearer of-pool-a") },
+            SetField { name: HeaderName::from_static("x-of-pool-a"), value: value("1") },
+        ];
+        config.routes = vec![route];
+    });
+    assert_eq!(ids(&ask(&agent).await), ["model-a", "model-b"]);
+    for server in [&a, &b] {
+        let [seen] = &server.seen()[..] else { panic!("{:?}", server.seen()) };
+        assert_eq!((seen.header("authorization"), seen.header("x-of-pool-a")), (Some("Bearer secret"), None));
+    }
 }
 
 #[tokio::test]
