@@ -75,6 +75,13 @@ pub fn rest(refused: RefusedRoute) -> Route {
     Route { refused: Some(refused), ..Route::default() }
 }
 
+/// Sorts the routes, and drops those beyond the limit.
+fn keep_first(found: &mut Vec<(Precedence, Route)>) {
+    // Stable: the order among matches of one rule is that of the list.
+    found.sort_by(|(one, _), (other, _)| one.cmp(other));
+    found.truncate(MAX_ROUTES);
+}
+
 fn translate(named: &GatewayRef, objects: &GatewayObjects) -> GatewayRoutes {
     let Some(spec) = objects.gateway.as_ref().and_then(|gateway| gateway.read::<GatewaySpec>().ok()) else {
         return GatewayRoutes { routes: vec![rest(RefusedRoute::NoRoute)], ..GatewayRoutes::default() };
@@ -83,6 +90,7 @@ fn translate(named: &GatewayRef, objects: &GatewayObjects) -> GatewayRoutes {
     listeners.sort_by_key(|listener| order::by_host(attach::pattern(&listener.hostname).as_ref()));
     let mut grants = Grants::new(&objects.grants);
     let mut found: Vec<(Precedence, Route)> = Vec::new();
+    let mut count = 0;
     for route in &objects.routes {
         let Ok(spec) = route.read::<HttpRouteSpec>() else { continue };
         for Attachment { listener, hosts } in attachments(named, &listeners, route, &spec, &objects.namespaces) {
@@ -93,15 +101,17 @@ fn translate(named: &GatewayRef, objects: &GatewayObjects) -> GatewayRoutes {
                         let precedence = Precedence::new(listener, host.as_ref(), &translated, route, index);
                         let hosts = host.iter().cloned().collect();
                         found.push((precedence, Route { hosts, ..translated.route.clone() }));
+                        count += 1;
+                        if found.len() == 2 * MAX_ROUTES {
+                            keep_first(&mut found);
+                        }
                     }
                 }
             }
         }
     }
-    // The order among matches of one rule is that of the list.
-    found.sort_by(|(one, _), (other, _)| one.cmp(other));
-    let left_out = found.len().saturating_sub(MAX_ROUTES);
-    found.truncate(MAX_ROUTES);
+    keep_first(&mut found);
+    let left_out = count - found.len();
     let mut found = found.into_iter().peekable();
     let mut routes = Vec::new();
     for (index, listener) in listeners.iter().enumerate() {

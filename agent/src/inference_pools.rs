@@ -150,7 +150,7 @@ pub fn merged(file: &Config, known: &Known) -> Config {
 }
 
 /// Adds the pools to which HTTPRoutes refer and that the file does not name. Returns, by the names that the routes use, the pool or
-/// why there is none.
+/// why the agent refuses the route.
 fn add_pools(
     file: &Config,
     pools: &mut Vec<Pool>,

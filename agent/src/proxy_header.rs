@@ -99,14 +99,14 @@ fn parse_v1(header: &[u8]) -> Result<Option<SocketAddr>, ProxyHeaderError> {
     let words: Vec<&str> = line.split(' ').collect();
     let [family, source, destination, port, to_port] = words[..] else { return Err(invalid("not six words")) };
     let address = |text: &str| match family {
-        "TCP4" => text.parse().map(IpAddr::V4).map_err(|_| invalid("an address is no IPv4 address")),
-        "TCP6" => text.parse().map(IpAddr::V6).map_err(|_| invalid("an address is no IPv6 address")),
-        _ => Err(invalid("its family is none of TCP4, TCP6 and UNKNOWN")),
+        "TCP4" => text.parse().map(IpAddr::V4).map_err(|_| invalid("an address is not IPv4")),
+        "TCP6" => text.parse().map(IpAddr::V6).map_err(|_| invalid("an address is not IPv6")),
+        _ => Err(invalid("its family is not TCP4, TCP6 or UNKNOWN")),
     };
     let is_number =
         |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
     let number =
-        |text: &str| text.parse::<u16>().ok().filter(|_| is_number(text)).ok_or(invalid("a port is no number"));
+        |text: &str| text.parse::<u16>().ok().filter(|_| is_number(text)).ok_or(invalid("a port is not a number"));
     let (source, _) = (address(source)?, address(destination)?);
     let (port, _) = (number(port)?, number(to_port)?);
     Ok(Some(SocketAddr::new(source, port)))

@@ -35,7 +35,7 @@ struct IcmpError {
     quoted: Quoted,
 }
 
-/// `None`: the packet is no such error about a flow. `scratch.ip` has the beginning of the packet, or of an earlier one.
+/// Returns `None` for other packets. `scratch.ip` has the beginning of the packet, or of an earlier one.
 #[inline(always)]
 pub(crate) fn run(skb: *mut __sk_buff) -> Option<i32> {
     let scratch = scratch()?;

@@ -251,7 +251,7 @@ impl EndpointConnection {
     /// Whether an idle connection is usable: it has received neither its end nor unsolicited bytes.
     pub(super) fn is_alive(&self) -> bool {
         match (&self.tls, &self.io) {
-            // Tickets and key updates are none of the stream's bytes.
+            // Tickets and key updates do not belong to the stream.
             (Some(tls), Io::Ready(stream)) => {
                 let nothing = tls.read_now(stream, &mut BytesMut::with_capacity(1));
                 nothing.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)

@@ -108,7 +108,7 @@ pub(super) fn pattern(hostname: &str) -> Option<HostPattern> {
     }
 }
 
-/// The hosts that a listener and a route have in common; empty if there are none.
+/// The hosts that a listener and a route have in common.
 fn hosts(listener: &str, route: &[String]) -> Vec<Option<HostPattern>> {
     let listener = pattern(listener);
     if route.is_empty() {
@@ -125,7 +125,7 @@ fn hosts(listener: &str, route: &[String]) -> Vec<Option<HostPattern>> {
     hosts
 }
 
-/// The hosts that both patterns match. The outer `None`: there are none.
+/// The hosts that both patterns match. The outer `None`: they share no host.
 fn intersection(listener: Option<&HostPattern>, route: Option<HostPattern>) -> Option<Option<HostPattern>> {
     let (Some(listener), Some(route)) = (listener, route.as_ref()) else { return Some(route.or(listener.cloned())) };
     if listener.covers(route) {

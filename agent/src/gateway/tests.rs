@@ -129,12 +129,14 @@ fn routes_beyond_the_limit_are_left_out_by_precedence() {
             })
             .collect()
     };
-    let mut routes: Vec<_> = (0..4).map(|n| route(&format!("r{n}"), json!({ "rules": rules(n * 1024) }))).collect();
+    let mut routes: Vec<_> = (0..9).map(|n| route(&format!("r{n}"), json!({ "rules": rules(n * 1024) }))).collect();
     routes.push(route("last", json!({ "rules": [rule(json!([]), "b")] })));
     let objects = objects(open_gateway(), routes);
-    assert_eq!((meaning(&objects).routes.len(), meaning(&objects).left_out), (MAX_ROUTES + 1, 1));
+    assert_eq!((meaning(&objects).routes.len(), meaning(&objects).left_out), (MAX_ROUTES + 1, 5 * 1024 + 1));
     let routes = Routes::of(&objects);
-    assert_eq!((routes.ask(&get("/4095")), routes.ask(&get("/none"))), ("a".to_owned(), "404".to_owned()));
+    for (path, expected) in [("/0000", "a"), ("/4095", "a"), ("/4096", "404"), ("/9215", "404"), ("/none", "404")] {
+        assert_eq!(routes.ask(&get(path)), expected, "{path}");
+    }
 }
 
 #[test]

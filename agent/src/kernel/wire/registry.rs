@@ -43,7 +43,6 @@ pub struct ListedFlow {
     pub is_adopted: bool,
 }
 
-/// The flows of one agent.
 /// Indices of the interfaces to which a flow's programs are attached.
 pub(super) type AttachedTo = Arc<Mutex<Vec<u32>>>;
 
@@ -55,6 +54,7 @@ pub(super) struct ActiveFlow {
     pub(super) interfaces: AttachedTo,
 }
 
+/// The flows of one agent.
 #[derive(Default)]
 pub struct Registry {
     entries: Mutex<Entries>,

@@ -35,12 +35,16 @@ const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
 const UNROUTED: Duration = Duration::from_secs(5);
 /// Least time between two looks, because changes come in bursts.
 const LOOK: Duration = Duration::from_millis(100);
+/// A pause is at least this many times as long as the look before it.
+const SHARE: u32 = 10;
 
 pub(super) struct Routes {
     socket: OwnedFd,
     /// Whether something has changed since the last look.
     has_changed: bool,
     looked: Instant,
+    /// The time from one look to the next.
+    pause: Duration,
     followed: HashMap<u64, Followed>,
 }
 
@@ -70,7 +74,7 @@ impl Routes {
         let socket = netlink::open()?;
         fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
-        Ok(Self { socket, has_changed: false, looked: Instant::now(), followed: HashMap::new() })
+        Ok(Self { socket, has_changed: false, looked: Instant::now(), pause: LOOK, followed: HashMap::new() })
     }
 
     /// Whether a look is due soon.
@@ -97,22 +101,23 @@ impl Routes {
 
     /// Looks at every flow after a change, and otherwise at those that are new or wait for a route.
     pub(super) fn follow(&mut self, registry: &Registry) {
-        if self.has_changed && self.looked.elapsed() < LOOK {
+        if self.has_changed && self.looked.elapsed() < self.pause {
             return;
         }
         let has_changed = std::mem::take(&mut self.has_changed);
         self.looked = Instant::now();
-        let active = registry.active();
-        self.followed.retain(|id, _| active.iter().any(|flow| flow.id == *id));
-        for flow in &active {
-            let followed = self.followed.entry(flow.id).or_default();
+        let mut before = std::mem::take(&mut self.followed);
+        for flow in registry.active() {
+            let mut followed = before.remove(&flow.id).unwrap_or_default();
             let is_known = followed.follows[0].is_some();
             if (has_changed || !is_known || followed.unrouted.is_some())
-                && let Err(error) = look(followed, flow, registry, has_changed)
+                && let Err(error) = look(&mut followed, &flow, registry, has_changed)
             {
                 tracing::debug!(%error, "could not look up the routes of a flow");
             }
+            self.followed.insert(flow.id, followed);
         }
+        self.pause = LOOK.max(self.looked.elapsed() * SHARE);
     }
 }
 
@@ -169,7 +174,7 @@ fn step(current: u32, found: Option<u32>, follows: Option<bool>, interfaces: &[u
     }
 }
 
-/// The interface by which this machine's packets with these ends leave; `None`: there is no route.
+/// The interface by which this machine's packets with these ends leave; `None` without a route.
 fn interface_to(ends: &Ends) -> io::Result<Option<u32>> {
     let bytes = |words: [u32; 4]| -> [u8; 16] { zerocopy::transmute!(words) };
     let (peer, own) = (bytes(ends.peer), bytes(ends.own));
