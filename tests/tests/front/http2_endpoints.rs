@@ -25,7 +25,7 @@ use penstock_tests::{
     eventually,
     http2_client::Stream,
     http2_frames::{END_HEADERS, END_STREAM, Frame, Http2Frames, kind},
-    model_server::{Fault, FaultKind, Framing, Lengths, Options},
+    model_server::{Echo, Fault, FaultKind, Framing, Lengths, Options},
     scripted_epp::{Answering, Endpoints, LlmdRouter, reply},
     stage::{echo, json},
 };

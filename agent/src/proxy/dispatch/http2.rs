@@ -173,6 +173,10 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
     *head.method_mut() = parts.method.clone();
     *head.version_mut() = Version::HTTP_2;
     head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
+    // Go's servers drop trailers that are not announced.
+    for name in job.content.trailers().into_iter().flat_map(HeaderMap::keys) {
+        head.headers_mut().append(header::TRAILER, HeaderValue::from_name(name.clone()));
+    }
     // HTTP/2 always allows trailers, and gRPC requires the field.
     head.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
     if let Some(length) = job.content.length() {
