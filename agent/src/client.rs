@@ -12,7 +12,7 @@ mod wire;
 use std::{io, time::Duration};
 
 use bytes::BytesMut;
-use http::Method;
+use http::{Method, Response, StatusCode, Version};
 
 pub use socket::ClientSocket;
 pub use stream::ClientStream;
@@ -43,10 +43,26 @@ impl Client {
         }
     }
 
-    /// Resets `is_answered` for the next request.
-    pub fn begin_answer(&mut self) {
+    /// Resets `is_answered` for the next request, whose client speaks this version.
+    pub fn begin_answer(&mut self, version: Version) {
         if let Self::Http1(socket) = self {
-            socket.begin_answer();
+            socket.begin_answer(version);
+        }
+    }
+
+    /// Asks a client that expects `100 Continue` for the body, unless some of it is here already (RFC 9110 §10.1.1).
+    pub async fn send_continue(&mut self) -> io::Result<()> {
+        match self {
+            Self::Http1(socket) if socket.buf.is_empty() => socket.interim(b"HTTP/1.1 100 Continue\r\n\r\n").await,
+            Self::Http1(_) => Ok(()),
+            Self::Http2(stream) => {
+                if stream.has_begun() {
+                    return Ok(());
+                }
+                let mut head = Response::new(());
+                *head.status_mut() = StatusCode::CONTINUE;
+                stream.interim(head).await
+            }
         }
     }
 
@@ -87,7 +103,7 @@ impl Client {
         match self {
             Self::Http1(socket) => {
                 let mut out = BytesMut::new();
-                reply.write(&mut out, method, keep_alive);
+                reply.write(&mut out, method, keep_alive, socket.version());
                 socket.write_all(&out).await
             }
             Self::Http2(stream) => {

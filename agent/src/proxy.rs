@@ -80,7 +80,7 @@ pub async fn guarded(
     lease: &mut Option<Lease>,
 ) -> Result<AfterRequest, Panicked> {
     let guard = ReplyGuard::new(worker, &head, origin.clone());
-    client.begin_answer();
+    client.begin_answer(head.parts.version);
     if let Some(after) = guard.run(Box::pin(run(worker, client, head, origin, lease))).await {
         return Ok(after);
     }

@@ -248,6 +248,14 @@ impl Stream {
         Ok(received(&head))
     }
 
+    /// The next interim head. `None` if the final head comes first.
+    pub async fn interim(&mut self) -> Result<Option<Head>> {
+        let answer = self.answer.as_mut().context("the head has been read")?;
+        let next = poll_fn(|context| answer.poll_informational(context));
+        let next = timeout(self.patience, next).await.context("timed out waiting for an interim head")?;
+        Ok(next.transpose()?.map(|head| received(&head.into_parts().0)))
+    }
+
     /// The next bytes of the body, at most one DATA frame, or its end.
     pub async fn piece(&mut self) -> Result<Piece> {
         let body = self.body.as_mut().context("no head was read for this body")?;

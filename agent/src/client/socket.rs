@@ -11,6 +11,7 @@ use std::{
 
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
+use http::Version;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWrite, Interest},
     net::TcpStream,
@@ -53,8 +54,9 @@ pub struct ClientSocket {
     ledger: Ledger,
     key: Option<u64>,
     resets: bool,
-    /// Something was written since the last [`begin_answer`](Self::begin_answer).
+    /// Something other than interim heads was written since the last [`begin_answer`](Self::begin_answer).
     answered: bool,
+    version: Version,
     /// Unread bytes of the last request may still arrive.
     pub unread: bool,
     stalled: bool,
@@ -94,6 +96,7 @@ impl ClientSocket {
             key: None,
             resets: false,
             answered: false,
+            version: Version::HTTP_11,
             unread: false,
             stalled: false,
             is_cut: false,
@@ -115,9 +118,14 @@ impl ClientSocket {
         self.wire.tcp()
     }
 
-    /// Resets `is_answered`, for the next request or for the final response after an interim one.
-    pub fn begin_answer(&mut self) {
-        self.answered = false;
+    /// Resets `is_answered` for the next request, whose client speaks this version.
+    pub fn begin_answer(&mut self, version: Version) {
+        (self.answered, self.version) = (false, version);
+    }
+
+    /// The version of HTTP of the current request.
+    pub(super) fn version(&self) -> Version {
+        self.version
     }
 
     /// Whether a byte of the response was written since [`begin_answer`](Self::begin_answer).
@@ -222,6 +230,13 @@ impl ClientSocket {
             return Err(self.stalled(error));
         }
         self.ledger.add_written(buf.len() as u64);
+        Ok(())
+    }
+
+    /// Writes an interim head as [`write_all`](Self::write_all) does. The answer has not begun with it.
+    pub async fn interim(&mut self, head: &[u8]) -> io::Result<()> {
+        self.write_all(head).await?;
+        self.answered = false;
         Ok(())
     }
 

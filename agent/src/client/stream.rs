@@ -95,6 +95,11 @@ impl ClientStream {
         self.body.is_end_stream()
     }
 
+    /// Whether a part of the request body has arrived that is not read yet, or its end.
+    pub fn has_begun(&mut self) -> bool {
+        self.is_read() || self.body.flow_control().used_capacity() > 0
+    }
+
     /// After the whole answer: reads and discards what the client still sends. Many clients lose an answer that comes together with
     /// the reset of their upload, though RFC 9113 §8.1 forbids that. `Err` if a limit was reached before the end of the request.
     pub async fn discard(&mut self, linger: Linger) -> Result<(), Cut> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::BytesMut;
-use http::{HeaderName, Method};
+use http::{HeaderName, Method, Version};
 use penstock_proto::ext_proc::HeaderMutation;
 
 use super::*;
@@ -21,7 +21,7 @@ fn manner(format: ErrorFormat) -> Manner<'static> {
 
 fn written(error: &Error, manner: &Manner<'_>) -> (String, String) {
     let mut out = BytesMut::new();
-    error.reply(manner).write(&mut out, &Method::POST, false);
+    error.reply(manner).write(&mut out, &Method::POST, false, Version::HTTP_11);
     let text = String::from_utf8(out.to_vec()).expect("text");
     let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
     assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");

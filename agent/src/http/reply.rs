@@ -1,7 +1,7 @@
 //! A complete answer that does not come from an endpoint: the agent's own error or the picker's reply.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header};
 
 use super::{date, fields};
 
@@ -14,8 +14,9 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// Appends the answer as HTTP/1.1, without a body if there must be none (RFC 9112 §6.3).
-    pub fn write(&self, out: &mut BytesMut, method: &Method, keep_alive: bool) {
+    /// Appends the answer as HTTP/1.1, without a body if there must be none (RFC 9112 §6.3). An HTTP/1.0 client is told that its
+    /// connection stays open, because otherwise it waits for the close.
+    pub fn write(&self, out: &mut BytesMut, method: &Method, keep_alive: bool, client: Version) {
         let reason = self.status.canonical_reason().unwrap_or_default();
         out.put_slice(format!("HTTP/1.1 {} {reason}\r\n", self.status.as_u16()).as_bytes());
         for (name, value) in self.fields() {
@@ -32,7 +33,12 @@ impl Reply {
         if !self.is_bodiless() {
             out.put_slice(format!("content-length: {}\r\n", self.body.len()).as_bytes());
         }
-        out.put_slice(if keep_alive { b"\r\n" } else { b"connection: close\r\n\r\n" });
+        match keep_alive {
+            false => out.put_slice(b"connection: close\r\n"),
+            true if client == Version::HTTP_10 => out.put_slice(b"connection: keep-alive\r\n"),
+            true => {}
+        }
+        out.put_slice(b"\r\n");
         if !self.is_bodiless() && method != Method::HEAD {
             out.put_slice(&self.body);
         }
@@ -115,8 +121,26 @@ mod tests {
             let mut out = BytesMut::new();
             let headers = HeaderMap::from_iter([(header::DATE, HeaderValue::from_static("now"))]);
             let reply = Reply { status, headers, body: Bytes::from_static(b"hi") };
-            reply.write(&mut out, &method, true);
+            reply.write(&mut out, &method, true, Version::HTTP_11);
             assert!(out.ends_with(end.as_bytes()), "{method} {status}: {:?}", String::from_utf8_lossy(&out));
+        }
+    }
+
+    #[test]
+    fn answer_says_what_becomes_of_the_connection() {
+        let rows = [
+            (Version::HTTP_10, true, "\r\nconnection: keep-alive\r\n\r\n"),
+            (Version::HTTP_10, false, "\r\nconnection: close\r\n\r\n"),
+            (Version::HTTP_11, true, "\r\ncontent-length: 0\r\n\r\n"),
+            (Version::HTTP_11, false, "\r\nconnection: close\r\n\r\n"),
+        ];
+        for (client, keep_alive, end) in rows {
+            let mut out = BytesMut::new();
+            let headers = HeaderMap::from_iter([(header::CONNECTION, HeaderValue::from_static("x-ignored"))]);
+            let reply = Reply { status: StatusCode::OK, headers, body: Bytes::new() };
+            reply.write(&mut out, &Method::GET, keep_alive, client);
+            let text = String::from_utf8_lossy(&out);
+            assert!(text.ends_with(end) && !text.contains("x-ignored"), "{client:?} {keep_alive}: {text}");
         }
     }
 
@@ -124,7 +148,7 @@ mod tests {
     fn answer_without_date_gets_a_date() {
         let mut out = BytesMut::new();
         let reply = Reply { status: StatusCode::NOT_FOUND, headers: HeaderMap::new(), body: Bytes::new() };
-        reply.write(&mut out, &Method::GET, true);
+        reply.write(&mut out, &Method::GET, true, Version::HTTP_11);
         let text = String::from_utf8(out.to_vec()).unwrap();
         assert!(text.starts_with("HTTP/1.1 404 Not Found\r\ndate: ") && text.contains(" GMT\r\n"), "{text}");
     }

@@ -27,6 +27,13 @@ pub enum RequestBody {
 
 /// A request without its body.
 #[derive(Debug, Clone)]
+impl RequestBody {
+    /// Whether the head is the whole request, or declares an empty body.
+    pub fn is_empty(self) -> bool {
+        matches!(self, Self::None | Self::Length(0) | Self::Frames(Some(0)))
+    }
+}
+
 pub struct RequestHead {
     /// The headers as sent; [`super::headers::prepare_request`] prepares them for forwarding.
     pub parts: request::Parts,
@@ -187,12 +194,11 @@ pub fn from_http2(parts: &mut request::Parts, ended: bool, limits: &HeadLimits) 
         Declared::Length(bytes) => RequestBody::Frames(Some(bytes)),
         Declared::Nothing | Declared::Chunked => RequestBody::Frames(None),
     };
-    // The agent reads the body anyway.
-    expects_continue(&parts.headers)?;
+    let expect_continue = expects_continue(&parts.headers)? && !body.is_empty();
     parts.headers.remove(header::EXPECT);
     let (empty, ()) = http::Request::new(()).into_parts();
     let parts = std::mem::replace(parts, empty);
-    Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false, upgrade: None })
+    Ok(RequestHead { parts, body, keep_alive: true, expect_continue, upgrade: None })
 }
 
 /// Parses one complete head.
@@ -226,8 +232,7 @@ fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError>
         Declared::Chunked => RequestBody::Chunked,
     };
     // RFC 9110 §10.1.1: an HTTP/1.0 client does not wait, and neither does a request without a body.
-    let has_body = !matches!(body, RequestBody::None | RequestBody::Length(0));
-    let expect_continue = expects_continue(&headers)? && version == Version::HTTP_11 && has_body;
+    let expect_continue = expects_continue(&headers)? && version == Version::HTTP_11 && !body.is_empty();
     let keep_alive = head::keep_alive(&headers, version);
     let upgrade = head::upgrade(&headers, version);
 

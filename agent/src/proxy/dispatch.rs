@@ -134,7 +134,7 @@ async fn forward_interim(client: &mut Client, job: &Job<'_>, mut head: ResponseH
         Client::Http1(socket) => {
             let mut out = BytesMut::new();
             head.write_head(&mut out, true, job.request.parts.version);
-            with_deadline(deadline::after(job.idle()), socket.write_all(&out)).await
+            with_deadline(deadline::after(job.idle()), socket.interim(&out)).await
         }
         Client::Http2(stream) => Some(stream.interim(head.interim_frames()).await),
     };

@@ -60,13 +60,8 @@ pub(super) async fn receive(
     }
     upload.begin(needs_model, request.timeouts.body)?;
     let beginning = async {
-        if expect_continue
-            && upload.has_body()
-            && let Client::Http1(socket) = client
-            && socket.buf.is_empty()
-        {
-            socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
-            socket.begin_answer();
+        if expect_continue && upload.has_body() {
+            client.send_continue().await.map_err(|_| Error::ClientGone)?;
         }
         while !upload.is_done() && !upload.naming().is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
             let read = upload.read(client).await?;

@@ -47,7 +47,7 @@ pub(super) async fn answer_preflight(
     reply: &Reply,
     body: RequestBody,
 ) -> AfterRequest {
-    let is_whole = matches!(body, RequestBody::None | RequestBody::Length(0) | RequestBody::Frames(Some(0)));
+    let is_whole = body.is_empty();
     let keep_alive = is_whole && request.keeps_alive(worker);
     let mut reply = reply.clone();
     headers::add_request_id(&mut request.parts.headers);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use http::Method;
+use http::{Method, Version};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -69,7 +69,12 @@ fn reply(worker: &Worker, request: &[u8]) -> BytesMut {
     }
     let method = if request.starts_with(b"HEAD ") { Method::HEAD } else { Method::GET };
     let mut out = BytesMut::new();
-    Error::TooManyConnections.reply(&Manner::unknown(&worker.shared.config)).write(&mut out, &method, false);
+    Error::TooManyConnections.reply(&Manner::unknown(&worker.shared.config)).write(
+        &mut out,
+        &method,
+        false,
+        Version::HTTP_11,
+    );
     out
 }
 

@@ -1,10 +1,12 @@
 //! Unusual but valid requests: answered, and forwarded byte for byte.
 
+use http::HeaderMap;
 use penstock_tests::{
-    Alphabet, BodyEnd, Plan,
+    Alphabet, BodyEnd, Http2Client, Plan,
     client::{Client, Request},
     content::Fnv,
     eventually,
+    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
     model_server::{After, Echo, Framing},
 };
 
@@ -64,6 +66,51 @@ async fn expect_100_continue_gets_continue() {
         let (response, _) = setting.answer(&wire).await;
         assert_eq!((response.status(), response.interim.len()), (200, 0), "{}", wire.escape_ascii());
     }
+}
+
+/// The same over HTTP/2.
+#[tokio::test]
+async fn expect_100_continue_over_http2_gets_continue() {
+    let setting = Setting::start(|_| {}).await;
+    let mut client = Http2Client::connect(setting.agent.addr).await.unwrap();
+    let waiting = |length: Option<&str>| {
+        let request = Request::new("POST", "/test/echo").header("expect", "100-Continue");
+        length.map_or(request.clone(), |length| request.header("content-length", length))
+    };
+    for length in [None, Some("5")] {
+        let head = client.head(&waiting(length)).unwrap();
+        let mut stream = client.open(head, false).await.unwrap();
+        let interim = stream.interim().await.unwrap().expect("no interim head");
+        assert_eq!((interim.status, interim.headers.len()), (100, 0), "{:?}", interim.headers);
+        stream.data("hello").await.unwrap();
+        stream.finish(HeaderMap::new()).unwrap();
+        let response = stream.response().await.unwrap();
+        let seen = response.echoed();
+        assert_eq!((response.interim.len(), seen.body_length, seen.header("expect")), (0, 5, None));
+    }
+    // No wait needed: there is no body, or it is empty.
+    for (length, ends) in [(None, true), (Some("0"), true), (Some("0"), false)] {
+        let head = client.head(&waiting(length)).unwrap();
+        let mut stream = client.open(head, ends).await.unwrap();
+        if !ends {
+            stream.finish(HeaderMap::new()).unwrap();
+        }
+        let response = stream.response().await.unwrap();
+        assert_eq!((response.status(), response.interim.len()), (200, 0), "{length:?} {ends}");
+    }
+    // The body comes in the same segment as the head.
+    let fields = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/test/echo"),
+        (":authority", "x"),
+        ("expect", "100-continue"),
+    ];
+    let mut frames = Http2Frames::connect(setting.agent.addr).await.unwrap();
+    let body = Frame::new(kind::DATA, END_STREAM, 1, *b"hello");
+    frames.send_raw(&[Frame::headers(1, false, &fields).wire(), body.wire()].concat()).await.unwrap();
+    let head = frames.find(|frame| frame.kind == kind::HEADERS).await.unwrap().expect("no answer");
+    assert_eq!(head.status(), Some(200));
 }
 
 #[tokio::test]

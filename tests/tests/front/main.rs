@@ -10,6 +10,7 @@ mod far_clients;
 mod fields;
 mod grpc;
 mod half_close;
+mod http10;
 mod https_endpoints;
 mod http2_clients;
 mod http2_endpoints;

@@ -201,6 +201,26 @@ fn continue_is_expected_only_if_the_client_waits() {
 }
 
 #[test]
+fn continue_is_expected_over_http2_only_if_the_client_waits() {
+    let expects = |fields: &[(&'static str, &'static str)], ended: bool| {
+        let mut request = http::Request::post("http://h/v1");
+        for (name, value) in fields {
+            request = request.header(*name, *value);
+        }
+        let (mut parts, ()) = request.body(()).unwrap().into_parts();
+        let head = from_http2(&mut parts, ended, &LIMITS).unwrap();
+        assert!(!head.parts.headers.contains_key(header::EXPECT));
+        head.expect_continue
+    };
+    let expected = ("expect", "100-Continue");
+    assert!(expects(&[expected], false));
+    assert!(expects(&[expected, ("content-length", "5")], false));
+    assert!(!expects(&[expected, ("content-length", "0")], false));
+    assert!(!expects(&[expected], true));
+    assert!(!expects(&[("content-length", "5")], false));
+}
+
+#[test]
 fn parser_takes_nothing_beyond_the_head() {
     let (_, length) = parse(with("Content-Length: 5\r\n") + "hello").unwrap().unwrap();
     assert_eq!(length, with("Content-Length: 5\r\n").len());
