@@ -118,6 +118,7 @@ fn every_error() -> Vec<Error> {
     let second = Duration::from_secs(1);
     let heads = [
         HeadError::TooLong { limit: 1 },
+        HeadError::NameTooLong { limit: 1 },
         HeadError::TooManyFields { limit: 1 },
         HeadError::BareLf { line: found() },
         HeadError::BareCr { line: found() },
@@ -136,6 +137,7 @@ fn every_error() -> Vec<Error> {
         RequestError::BlankLines,
         RequestError::RequestLine { found: found() },
         RequestError::RequestLineTooLong { limit: 1 },
+        RequestError::TargetTooLong { limit: 1 },
         RequestError::Http2Preface,
         RequestError::Version { found: found() },
         RequestError::Method { found: found() },

@@ -10,6 +10,9 @@ use penstock_common::framing::MAX_TRAILERS;
 
 use crate::config::Limits;
 
+/// The most bytes of a field's name that `http` reads, whatever `limits.head_bytes` allows.
+const LONGEST_NAME: usize = u16::MAX as usize;
+
 /// Size limits of a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadLimits {
@@ -82,6 +85,8 @@ pub fn fields_len(fields: &HeaderMap) -> usize {
 pub enum HeadError {
     #[error("the head does not end within {limit} bytes")]
     TooLong { limit: usize },
+    #[error("a field's name is longer than {limit} bytes")]
+    NameTooLong { limit: usize },
     #[error("the head has more than {limit} header fields")]
     TooManyFields { limit: usize },
     #[error("found a bare line feed after \"{line}\", expected lines to end with CR LF")]
@@ -114,7 +119,9 @@ impl HeadError {
     /// The status of the answer to a request with this error.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::TooLong { .. } | Self::TooManyFields { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::TooLong { .. } | Self::NameTooLong { .. } | Self::TooManyFields { .. } => {
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+            }
             Self::TransferCoding { .. } => StatusCode::NOT_IMPLEMENTED,
             _ => StatusCode::BAD_REQUEST,
         }
@@ -123,7 +130,7 @@ impl HeadError {
     /// Label for metrics and logs.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::TooLong { .. } => "head_too_long",
+            Self::TooLong { .. } | Self::NameTooLong { .. } => "head_too_long",
             Self::TooManyFields { .. } => "too_many_fields",
             Self::BareLf { .. } => "bare_lf",
             Self::BareCr { .. } => "bare_cr",
@@ -205,6 +212,8 @@ pub(super) fn field_fault(head: &[u8]) -> Option<HeadError> {
             Some(HeadError::FoldedLine { line: shown(line) })
         } else if name.len() < line.len() && name.last().is_some_and(blank) {
             Some(HeadError::BlankBeforeColon { line: shown(line) })
+        } else if name.len() < line.len() && name.len() > LONGEST_NAME {
+            Some(HeadError::NameTooLong { limit: LONGEST_NAME })
         } else if name.len() == line.len() || HeaderName::from_bytes(name).is_err() {
             Some(HeadError::FieldLine { line: shown(line) })
         } else {
@@ -222,6 +231,9 @@ pub(super) fn fields(parsed: &[httparse::Header<'_>], limit: usize) -> Result<He
     // Leaves room for the fields that forwarding adds.
     let mut map = HeaderMap::try_with_capacity(parsed.len() + 8).map_err(|_| HeadError::TooManyFields { limit })?;
     for field in parsed {
+        if field.name.len() > LONGEST_NAME {
+            return Err(HeadError::NameTooLong { limit: LONGEST_NAME });
+        }
         let name = HeaderName::from_bytes(field.name.as_bytes());
         let value = HeaderValue::from_bytes(field.value);
         let (Ok(name), Ok(value)) = (name, value) else {

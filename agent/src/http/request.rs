@@ -11,6 +11,8 @@ use super::head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown};
 
 /// Empty lines accepted before a request (RFC 9112 §2.2: some clients end a body with an extra CR LF).
 const LEADING_BLANK_LINES: usize = 4;
+/// The most bytes of a target that `http` reads, whatever `limits.head_bytes` allows.
+pub const LONGEST_TARGET: usize = u16::MAX as usize - 1;
 
 /// How a request's head frames its body (RFC 9112 §6.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +27,6 @@ pub enum RequestBody {
     Frames(Option<u64>),
 }
 
-/// A request without its body.
-#[derive(Debug, Clone)]
 impl RequestBody {
     /// Whether the head is the whole request, or declares an empty body.
     pub fn is_empty(self) -> bool {
@@ -34,6 +34,8 @@ impl RequestBody {
     }
 }
 
+/// A request without its body.
+#[derive(Debug, Clone)]
 pub struct RequestHead {
     /// The headers as sent; [`super::headers::prepare_request`] prepares them for forwarding.
     pub parts: request::Parts,
@@ -57,13 +59,17 @@ pub enum RequestError {
     RequestLine { found: String },
     #[error("the request line does not end within {limit} bytes")]
     RequestLineTooLong { limit: usize },
+    #[error("the target is longer than {limit} bytes")]
+    TargetTooLong { limit: usize },
     #[error("found the HTTP/2 preface, expected HTTP/1.1")]
     Http2Preface,
     #[error("found version \"{found}\", expected HTTP/1.1 or HTTP/1.0")]
     Version { found: String },
     #[error("method {found} is not implemented")]
     Method { found: String },
-    #[error("found target \"{found}\", expected a path, or an http or https URL")]
+    #[error(
+        "found target \"{found}\", expected a path, or an http or https URL, without bytes that must be percent-encoded"
+    )]
     Target { found: String },
     #[error("found target `*` with method {method}, expected it only with OPTIONS")]
     Asterisk { method: String },
@@ -83,7 +89,7 @@ impl RequestError {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Head(fault) => fault.status(),
-            Self::RequestLineTooLong { .. } => StatusCode::URI_TOO_LONG,
+            Self::RequestLineTooLong { .. } | Self::TargetTooLong { .. } => StatusCode::URI_TOO_LONG,
             Self::Http2Preface | Self::Version { .. } => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
             // Not 405: no resource has these methods, and 405 would require an Allow header (RFC 9110 §15.5.6).
             Self::Method { .. } => StatusCode::NOT_IMPLEMENTED,
@@ -105,7 +111,7 @@ impl RequestError {
             Self::Head(fault) => fault.reason(),
             Self::BlankLines => "blank_lines",
             Self::RequestLine { .. } => "request_line",
-            Self::RequestLineTooLong { .. } => "request_line_too_long",
+            Self::RequestLineTooLong { .. } | Self::TargetTooLong { .. } => "request_line_too_long",
             Self::Http2Preface => "http2_preface",
             Self::Version { .. } => "version",
             Self::Method { .. } => "method",
@@ -284,8 +290,7 @@ fn parse_target(method: &Method, target: &str) -> Result<RequestTarget, RequestE
         return Err(RequestError::Asterisk { method: method.to_string() });
     }
     if target == "*" || target.starts_with('/') {
-        let uri = target.parse().map_err(|_| wrong())?;
-        return Ok(RequestTarget { uri, authority: None });
+        return Ok(RequestTarget { uri: uri_of(target)?, authority: None });
     }
     let (scheme, rest) = target.split_once("://").ok_or_else(wrong)?;
     let default_port = match scheme.to_ascii_lowercase().as_str() {
@@ -302,7 +307,15 @@ fn parse_target(method: &Method, target: &str) -> Result<RequestTarget, RequestE
         _ => format!("/{path}"),
     };
     let authority = Authority { text: authority.to_owned(), host, port, default_port };
-    Ok(RequestTarget { uri: origin.parse().map_err(|_| wrong())?, authority: Some(authority) })
+    Ok(RequestTarget { uri: uri_of(&origin)?, authority: Some(authority) })
+}
+
+/// Reads origin form or `*`.
+fn uri_of(target: &str) -> Result<Uri, RequestError> {
+    if target.len() > LONGEST_TARGET {
+        return Err(RequestError::TargetTooLong { limit: LONGEST_TARGET });
+    }
+    target.parse().map_err(|_| RequestError::Target { found: shown(target.as_bytes()) })
 }
 
 struct Authority {

@@ -11,7 +11,10 @@ use crate::{
     deadline::with_deadline,
     endpoint::connection::EndpointConnection,
     error::{Error, Manner},
-    http::{cors::Grant, request::RequestError},
+    http::{
+        cors::Grant,
+        request::{LONGEST_TARGET, RequestError},
+    },
     kernel::wire::TcpConnection,
     metrics::PoolMetrics,
     rename::ModelNames,
@@ -147,8 +150,8 @@ impl Request {
     /// Applies the changes of the route.
     pub(super) fn change(&mut self, changes: &RouteChanges) -> Result<(), Error> {
         self.sent_target = Some(self.parts.uri.clone());
-        let limit = RouteChanges::LONGEST;
-        changes.apply(&mut self.parts).map_err(|TargetTooLong| RequestError::RequestLineTooLong { limit }.into())
+        let limit = LONGEST_TARGET;
+        changes.apply(&mut self.parts).map_err(|TargetTooLong| RequestError::TargetTooLong { limit }.into())
     }
 
     /// Whether the route changed the request.

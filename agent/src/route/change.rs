@@ -35,9 +35,6 @@ struct CompiledPathChange {
 pub struct TargetTooLong;
 
 impl RouteChanges {
-    /// Longest target in bytes (of the crate `http`).
-    pub const LONGEST: usize = u16::MAX as usize - 1;
-
     /// The changes of this route. `None` if there are none.
     pub(super) fn of(route: &config::Route) -> Option<Self> {
         let rewrite = route.rewrite.as_ref();

@@ -109,3 +109,19 @@ async fn oversized_heads_are_rejected() {
     let (response, _) = setting.answer(&get(&"a: b\r\n".repeat(31))).await;
     assert_eq!(response.status(), 200);
 }
+
+/// Even if `limits.head_bytes` allows more.
+#[tokio::test]
+async fn targets_and_names_beyond_64_kib_are_rejected_as_too_long() {
+    let mut setting = Setting::start(|config| config.limits.head_bytes = 1 << 20).await;
+    let long = "x".repeat(70_000);
+    let line = |target: &str| format!("GET {target} HTTP/1.1\r\nhost: x\r\n\r\n");
+    let rows = [
+        refused(414, "request_line_too_long", line(&format!("/{long}"))).says("65534"),
+        refused(414, "request_line_too_long", line(&format!("/?{long}"))).says("65534"),
+        refused(414, "request_line_too_long", line(&format!("http://x/{long}"))).says("65534"),
+        refused(414, "request_line_too_long", line(&format!("http://x?{long}"))).says("65534"),
+        refused(431, "head_too_long", get(&format!("{long}: a\r\n"))).says("65535"),
+    ];
+    setting.refuses(rows).await;
+}

@@ -126,6 +126,12 @@ fn malformed_requests_are_refused_by_reason() {
         ("relative path", "GET v1 HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
         ("fragment", "GET /#a HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
         ("raw UTF-8", "GET /é HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
+        ("raw UTF-8 in the query", "GET /?é HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
+        ("angle bracket", "GET /< HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
+        ("angle bracket in the query", "GET /?a=> HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
+        ("angle bracket in an absolute target", "GET http://h/< HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
+        ("backtick in the path", "GET /` HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
+        ("quotation mark in the query", "GET /?\" HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
         ("other scheme", "GET ftp://h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
         ("user in the target", "GET http://u@h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
         ("no host in the target", "GET http:///a HTTP/1.1\r\nHost: h\r\n\r\n", 400, "target"),
@@ -152,6 +158,7 @@ fn unambiguous_requests_are_accepted() {
         ("GET / HTTP/1.0\r\n\r\n", "/", NoBody, false),
         ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "/", NoBody, true),
         ("POST /a%20?b={c}|d HTTP/1.1\r\nHost: h\r\nContent-Length: 07\r\n\r\n", "/a%20?b={c}|d", Length(7), true),
+        ("GET /\"^{}|\\?^{}|\\` HTTP/1.1\r\nHost: h\r\n\r\n", "/\"^{}|\\?^{}|\\`", NoBody, true),
         ("POST // HTTP/1.1\r\nHost: h_1.x:8080\r\nTransfer-Encoding: Chunked\r\n\r\n", "//", Chunked, true),
         ("GET http://H:80/a?b HTTP/1.1\r\nHost: h\r\n\r\n", "/a?b", NoBody, true),
         ("GET https://h HTTP/1.1\r\nHost: h:443\r\n\r\n", "/", NoBody, true),
@@ -218,6 +225,35 @@ fn continue_is_expected_over_http2_only_if_the_client_waits() {
     assert!(!expects(&[expected, ("content-length", "0")], false));
     assert!(!expects(&[expected], true));
     assert!(!expects(&[("content-length", "5")], false));
+}
+
+/// The limits of `http`, which `limits.head_bytes` may exceed.
+#[test]
+fn longest_targets_and_names_are_read_and_longer_ones_named() {
+    let limits = HeadLimits { bytes: 1 << 20, headers: 32 };
+    let parse = |input: &str| parse_request(input.as_bytes(), &limits);
+    let path = |length: usize| format!("/{}", "x".repeat(length - 1));
+    let query = |length: usize| format!("/?{}", "x".repeat(length - 2));
+    for origin in [path, query] {
+        for before in ["", "http://h", "https://h"] {
+            let request = |length: usize| format!("GET {before}{} HTTP/1.1\r\nHost: h\r\n\r\n", origin(length));
+            let (head, _) = parse(&request(LONGEST_TARGET)).unwrap().unwrap();
+            assert_eq!(head.parts.uri.to_string(), origin(LONGEST_TARGET));
+            for length in [LONGEST_TARGET + 1, LONGEST_TARGET + 2, 100_000] {
+                let error = parse(&request(length)).unwrap_err();
+                assert_eq!((error.status().as_u16(), error.reason()), (414, "request_line_too_long"), "{length}");
+            }
+        }
+    }
+    let named = |length: usize, rest: &str| with(&format!("{}: 1\r\n{rest}", "n".repeat(length)));
+    assert!(parse(&named(65_535, "")).unwrap().is_some());
+    // Also if httparse refuses a later line.
+    for rest in ["", "a b: c\r\n"] {
+        let error = parse(&named(65_536, rest)).unwrap_err();
+        assert_eq!((error.status().as_u16(), error.reason()), (431, "head_too_long"));
+    }
+    let error = parse(&with(&format!("{}\r\n", "n".repeat(65_536)))).unwrap_err();
+    assert_eq!(error.reason(), "field_line", "a line without a colon has no name");
 }
 
 #[test]

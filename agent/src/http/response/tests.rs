@@ -54,6 +54,16 @@ fn malformed_responses_are_refused_by_reason() {
     }
 }
 
+/// The limit of `http`, which `limits.head_bytes` may exceed.
+#[test]
+fn longer_names_than_can_be_read_are_named() {
+    let limits = HeadLimits { bytes: 1 << 20, headers: 32 };
+    let named = |length: usize| format!("HTTP/1.1 204 No Content\r\n{}: 1\r\n\r\n", "n".repeat(length));
+    let parse = |length: usize| parse_response(named(length).as_bytes(), &limits, &Method::GET);
+    assert!(parse(65_535).unwrap().is_some());
+    assert_eq!(parse(65_536).unwrap_err().reason(), "head_too_long");
+}
+
 #[test]
 fn body_framing_follows_rfc_9112() {
     use BodyKind::{Chunked, Length, None, UntilClose};
