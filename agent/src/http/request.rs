@@ -355,7 +355,7 @@ fn check_host(headers: &mut HeaderMap, version: Version, target: Option<&Authori
 }
 
 /// Parses `uri-host [":" port]` (RFC 9110 §7.2, RFC 3986 §3.2.2), host in lower case. User information and an empty
-/// host are invalid.
+/// host are invalid, and so are percent-encoded bytes: `h2` takes them in no `:authority`.
 fn parse_host(value: &[u8]) -> Option<(String, Option<u16>)> {
     let text = std::str::from_utf8(value).ok()?;
     let split = if text.starts_with('[') { text.find(']')? + 1 } else { text.find(':').unwrap_or(text.len()) };
@@ -368,7 +368,7 @@ fn parse_host(value: &[u8]) -> Option<(String, Option<u16>)> {
     };
     let valid = match host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
         Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(&b)),
+        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(&b)),
     };
     valid.then(|| (host.to_ascii_lowercase(), port))
 }

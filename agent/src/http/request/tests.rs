@@ -376,3 +376,20 @@ fn head_in_single_bytes_is_scanned_once() {
         assert!(looked_at <= wire.len(), "{looked_at} of {}", wire.len());
     }
 }
+
+/// As such it reaches HTTP/2 endpoints.
+#[test]
+fn every_valid_host_can_be_an_authority() {
+    let fixed = ["[::1]", "[::1]:80", "[::ffff:10.0.0.1]:", "a:", "a:0080", "10.0.0.1:65535"].map(str::to_owned);
+    let with =
+        |byte: u8| [format!("a{0}b", byte as char), format!("{0}a:80", byte as char), format!("a{0}41", byte as char)];
+    let mut valid = 0;
+    for host in (0..128).flat_map(with).chain(fixed) {
+        if parse_host(host.as_bytes()).is_some() {
+            let uri = http::Uri::builder().scheme("http").authority(host.as_str()).path_and_query("/").build();
+            assert!(uri.is_ok(), "{host:?}: {uri:?}");
+            valid += 1;
+        }
+    }
+    assert!(valid > 200, "{valid}");
+}
