@@ -20,3 +20,4 @@ pub mod trace_context;
 pub mod response;
 pub mod reply;
 pub mod frame_heads;
+pub mod empty_data;

@@ -44,8 +44,8 @@ const CONNECTION_WINDOW: u32 = 1 << 30;
 /// Bytes of a request's body that are buffered beyond the endpoint's window.
 const SEND_BUFFER: usize = 64 << 10;
 
-/// Streams that h2 remembers for a second after their reset. Frames that arrive for others count as the endpoint's fault, and h2 closes
-/// a connection after 1024 of them: the clients of many streams may leave at the same time.
+/// Streams that h2 remembers for a second after their reset: the clients of many streams may leave at the same time. Late frames of
+/// others are answered with another reset.
 const RESET_STREAMS: usize = 4096;
 
 /// A worker's HTTP/2 connections to endpoints. Clones share them.
@@ -65,8 +65,9 @@ struct EndpointConnections {
     dialling: Option<Dial>,
 }
 
-type Dial = Shared<LocalBoxFuture<'static, Result<(), Arc<io::Error>>>>;
+type Dial = Shared<LocalBoxFuture<'static, Result<Http2Connection, Arc<io::Error>>>>;
 
+#[derive(Clone)]
 struct Http2Connection {
     send: SendRequest<Bytes>,
     /// The endpoint's limit of concurrent streams; 0 until it has sent its settings.
@@ -152,8 +153,14 @@ impl Http2Pool {
         self.0.heads.set(heads);
     }
 
-    /// Returns a stream for a request. The error kinds are those of `connect(2)` and `TimedOut`. Cancel-safe.
+    /// Returns a stream for a request, within the limit for connecting. The error kinds are those of `connect(2)` and `TimedOut`. An
+    /// endpoint that ends a new connection, as one that drains does, counts as one that does not accept it. Cancel-safe.
     pub async fn stream(&self, address: SocketAddr) -> io::Result<Http2Stream> {
+        let limit = deadline::after(self.0.times.get().connect);
+        with_deadline(limit, self.connected(address)).await.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    async fn connected(&self, address: SocketAddr) -> io::Result<Http2Stream> {
         loop {
             let dial = {
                 let mut endpoints = self.0.endpoints.borrow_mut();
@@ -163,7 +170,10 @@ impl Http2Pool {
                 }
                 endpoint.dialling.get_or_insert_with(|| self.dial(address)).clone()
             };
-            dial.await.map_err(|error| io::Error::new(error.kind(), error))?;
+            let connection = dial.await.map_err(|error| io::Error::new(error.kind(), error))?;
+            if connection.is_closed() {
+                return Err(io::Error::new(io::ErrorKind::ConnectionReset, "the endpoint closed a new connection"));
+            }
         }
     }
 
@@ -211,15 +221,16 @@ impl EndpointConnections {
 }
 
 impl Http2PoolInner {
-    async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
+    async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<Http2Connection, Arc<io::Error>> {
         let times = self.times.get();
         let connection = with_deadline(deadline::after(times.connect), connect(address, times, self.heads.get())).await;
         let connection = connection.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
         let mut endpoints = self.endpoints.borrow_mut();
         let endpoint = endpoints.entry(address).or_default();
         endpoint.dialling = None;
-        endpoint.connections.push(connection.map_err(Arc::new)?);
-        Ok(())
+        let connection = connection.map_err(Arc::new)?;
+        endpoint.connections.push(connection.clone());
+        Ok(connection)
     }
 }
 
@@ -237,6 +248,8 @@ async fn connect(address: SocketAddr, times: ConnectionTimeouts, heads: HeadLimi
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(heads.header_list())
         .max_concurrent_reset_streams(RESET_STREAMS)
+        // The connection carries other requests than those whose responses are wrong or late.
+        .max_local_error_reset_streams(None)
         .max_send_buffer_size(SEND_BUFFER)
         .handshake(wire)
         .await

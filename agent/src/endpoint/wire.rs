@@ -16,7 +16,10 @@ use tokio::{
 
 use super::crossing;
 use crate::{
-    http::frame_heads::{FrameHeads, LargeBlocks},
+    http::{
+        empty_data::EmptyData,
+        frame_heads::{FrameHeads, LargeBlocks},
+    },
     kernel::socket,
 };
 
@@ -30,6 +33,7 @@ pub(super) struct Link {
     last: Cell<Option<u64>>,
     /// What was received.
     frames: RefCell<FrameHeads>,
+    empty: RefCell<EmptyData>,
     large: RefCell<LargeBlocks>,
 }
 
@@ -40,6 +44,7 @@ impl EndpointIo {
             stream: RefCell::new(Some(stream)),
             last: Cell::new(None),
             frames: RefCell::new(FrameHeads::after(0)),
+            empty: RefCell::new(EmptyData::after(0)),
             large: RefCell::new(LargeBlocks::new(block)),
         });
         (Self(Rc::clone(&link)), link)
@@ -90,11 +95,13 @@ impl Drop for EndpointIo {
 
 impl AsyncRead for EndpointIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let read = self.with(|stream| stream.poll_read(cx, buf));
-        let mut large = self.0.large.borrow_mut();
-        self.0.frames.borrow_mut().feed(&buf.filled()[before..], |frame| large.note(frame));
-        read
+        self.0.empty.borrow_mut().poll_read(buf, |buf| {
+            let before = buf.filled().len();
+            let read = self.with(|stream| stream.poll_read(cx, buf));
+            let mut large = self.0.large.borrow_mut();
+            self.0.frames.borrow_mut().feed(&buf.filled()[before..], |frame| large.note(frame));
+            read
+        })
     }
 }
 

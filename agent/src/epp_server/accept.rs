@@ -22,6 +22,7 @@ use super::{
     bounds::{EppServerLimits, Quota, Reservation},
     refusals::Refusals,
 };
+use crate::http::empty_data::WithoutEmptyData;
 use crate::reserve::{Reserve, is_exhausted, is_of_the_connection};
 
 /// Length of the client's connection preface (RFC 9113 §3.4).
@@ -117,7 +118,7 @@ async fn prefaced(mut stream: impl ByteStream + 'static) -> io::Result<Box<dyn B
     let mut preface = [0; PREFACE];
     stream.read_exact(&mut preface).await?;
     let (rest, write) = tokio::io::split(stream);
-    Ok(Box::new(tokio::io::join(Cursor::new(preface).chain(rest), write)))
+    Ok(Box::new(tokio::io::join(Cursor::new(preface).chain(WithoutEmptyData::new(rest)), write)))
 }
 
 impl Connected for OpenedConnection {

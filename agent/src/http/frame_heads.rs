@@ -14,6 +14,8 @@ pub mod kind {
 
 /// Flag of DATA and HEADERS frames.
 pub const END_STREAM: u8 = 1;
+/// Flag of DATA and HEADERS frames: padding follows the payload.
+pub const PADDED: u8 = 8;
 /// Flag of HEADERS and CONTINUATION frames: the header block ends.
 pub const END_HEADERS: u8 = 4;
 

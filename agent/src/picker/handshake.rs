@@ -25,6 +25,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{address::ReplicaAddress, gathered::gathered};
+use crate::http::empty_data::WithoutEmptyData;
 
 /// Bytes of replies that a stream may send before they are read. A replaced body of the common sizes waits for no window update.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -40,6 +41,8 @@ const HEAD: u32 = 16 << 10;
 const READ: usize = 64 << 10;
 /// Bytes of a stream that wait for the server's window.
 const SEND_BUFFER: usize = 1 << 20;
+/// Streams that h2 remembers for a second after their reset. Late frames of others are answered with another reset.
+const RESET_STREAMS: usize = 4096;
 /// gRPC servers written in Go close connections that ping more often than every five minutes. So pings only detect a stuck peer;
 /// TCP detects an unreachable one.
 const PING: Duration = Duration::from_secs(310);
@@ -175,13 +178,16 @@ async fn open(
     ended: impl FnOnce(bool) + Send + 'static,
 ) -> io::Result<Opened> {
     let (io, first) = Sniffed::new(io);
-    let (io, outgoing) = gathered(BufReader::with_capacity(READ, io));
+    let (io, outgoing) = gathered(WithoutEmptyData::new(BufReader::with_capacity(READ, io)));
     let (send, mut connection) = h2::client::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(HEAD)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
+        // The connection carries other requests than those whose replies are wrong or late.
+        .max_local_error_reset_streams(None)
+        .max_concurrent_reset_streams(RESET_STREAMS)
         .handshake(io)
         .await
         .map_err(with_kind)?;

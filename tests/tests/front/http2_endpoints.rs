@@ -1,5 +1,6 @@
 //! HTTP/2 endpoints: shared connections, their stream limits, and requests that they refuse unprocessed.
 
+mod lasting;
 mod retried;
 mod uploads;
 
@@ -29,7 +30,10 @@ use penstock_tests::{
     scripted_epp::{Answering, Endpoints, LlmdRouter, reply},
     stage::{echo, json},
 };
-use tokio::net::TcpListener;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+};
 
 use crate::{
     SOON,

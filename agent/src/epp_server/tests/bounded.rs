@@ -174,3 +174,35 @@ async fn end(mut stream: impl AsyncRead + AsyncWrite + Unpin, sent: &[u8]) -> st
     stream.write_all(sent).await.unwrap();
     timeout(SOON, stream.read(&mut [0; 1])).await.expect("the connection is closed")
 }
+
+/// Clients may send one for each empty piece of a message.
+#[tokio::test]
+async fn empty_frames_do_not_end_a_connection() {
+    let epp = Epp::start(config(1)).await;
+    let mut client = TcpStream::connect(epp.address).await.unwrap();
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        [&[0, 0, payload.len() as u8, kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    // Indexed and literal fields (RFC 7541, appendix A): POST, http, path, authority, content type.
+    let literal = |index: &[u8], value: &str| [index, &[value.len() as u8], value.as_bytes()].concat();
+    let head = [
+        vec![0x83, 0x86],
+        literal(&[4], "/envoy.service.ext_proc.v3.ExternalProcessor/Process"),
+        literal(&[1], "a"),
+        literal(&[15, 16], "application/grpc"),
+    ];
+    let sent = [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        frame(4, 0, 0, &[]),
+        frame(1, 4, 1, &head.concat()),
+        frame(0, 0, 1, &[]).repeat(300),
+        frame(6, 0, 0, b"answered"),
+    ];
+    client.write_all(&sent.concat()).await.unwrap();
+    let answer = frame(6, 1, 0, b"answered");
+    let mut received = Vec::new();
+    while !received.windows(answer.len()).any(|bytes| bytes == answer) {
+        let read = timeout(SOON, client.read_buf(&mut received)).await.expect("an answer");
+        assert!(read.is_ok_and(|bytes| bytes > 0), "closed after {:?}", received.escape_ascii().to_string());
+    }
+}

@@ -1,4 +1,4 @@
-//! Tests of pings, with a paused clock: it advances whenever the runtime is idle.
+//! Tests of pings, with a paused clock that advances whenever the runtime is idle, and of replies that must not end a connection.
 
 use parking_lot::Mutex;
 use tokio::{
@@ -80,4 +80,84 @@ async fn unanswered_ping_ends_the_connection() {
     assert_eq!(pings.len(), 2);
     let waited = pings[1].elapsed();
     assert!((19..=21).contains(&waited.as_secs()), "{waited:?}");
+}
+
+const HEADERS: u8 = 1;
+const DATA: u8 = 0;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    bytes.extend([kind, flags]);
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+/// A connection to a server that answers each stream with these bytes.
+async fn answered_by(answer: impl Fn(u32) -> Vec<u8> + Send + 'static) -> (Opened, oneshot::Receiver<bool>) {
+    let (near, mut far) = tokio::io::duplex(64 << 10);
+    let (over, is_over) = oneshot::channel();
+    tokio::spawn(async move {
+        far.write_all(&frame(SETTINGS, 0, 0, &[])).await?;
+        far.read_exact(&mut [0; PREFACE]).await?;
+        loop {
+            let mut head = [0; 9];
+            far.read_exact(&mut head).await?;
+            let [a, b, c, kind, _, stream @ ..] = head;
+            far.read_exact(&mut vec![0; u32::from_be_bytes([0, a, b, c]) as usize]).await?;
+            if kind == HEADERS {
+                far.write_all(&answer(u32::from_be_bytes(stream))).await?;
+            }
+        }
+        #[allow(unreachable_code, reason = "tells the type of the error")]
+        io::Result::Ok(())
+    });
+    let ended = |orderly| {
+        let _ = over.send(orderly);
+    };
+    (open(near, ended).await.expect("a connection"), is_over)
+}
+
+/// The bytes of the body.
+async fn ask(opened: &Opened) -> Result<usize, h2::Error> {
+    let mut send = opened.send.clone().ready().await?;
+    let request = http::Request::get("http://a/").body(()).expect("a request");
+    let mut body = send.send_request(request, true)?.0.await?.into_body();
+    let mut length = 0;
+    while let Some(data) = body.data().await {
+        length += data?.len();
+    }
+    Ok(length)
+}
+
+#[tokio::test]
+async fn malformed_replies_never_end_the_connection() {
+    // Less than the declared length.
+    let wrong = |stream| frame(HEADERS, END_HEADERS | END_STREAM, stream, &[0x88, 0x5c, 1, b'5']);
+    let (opened, mut is_over) = answered_by(wrong).await;
+    for number in 0..1200 {
+        let error = ask(&opened).await.expect_err("a malformed reply");
+        assert!(error.is_reset(), "{number}: {error}");
+    }
+    assert!(is_over.try_recv().is_err(), "the connection ended");
+}
+
+#[tokio::test]
+async fn empty_frames_within_replies_are_ignored() {
+    let (opened, mut is_over) = answered_by(|stream| {
+        let mut bytes = frame(HEADERS, END_HEADERS, stream, &[0x88]);
+        for _ in 0..150 {
+            bytes.extend(frame(DATA, 0, stream, &[]));
+            bytes.extend(frame(DATA, 0, stream, b"xy"));
+        }
+        bytes.extend(frame(DATA, END_STREAM, stream, &[]));
+        bytes
+    })
+    .await;
+    for _ in 0..3 {
+        assert_eq!(ask(&opened).await.expect("a reply"), 300);
+    }
+    assert!(is_over.try_recv().is_err(), "the connection ended");
 }
