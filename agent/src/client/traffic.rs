@@ -2,6 +2,7 @@
 //! against abuse. The connection (`connection::http2`) records them, its streams read them.
 
 mod budget;
+mod refused;
 mod unfinished;
 
 use std::{
@@ -13,7 +14,7 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-use self::{budget::FrameBudget, unfinished::UnfinishedHead};
+use self::{budget::FrameBudget, refused::RefusedRequests, unfinished::UnfinishedHead};
 use super::wire::ClientIo;
 use crate::{
     http::frame_heads::{END_STREAM, FrameHead, LargeBlocks, kind},
@@ -26,6 +27,8 @@ const FRAMES: Duration = Duration::from_secs(10);
 /// How many frames without message content one frame with content allows: a client may update the windows of stream and
 /// connection for each DATA frame, and measure bandwidth by PINGs.
 const EXPLAINED: u32 = 8;
+/// How many frames are read before the streams run that they are for: until then, h2 keeps what it has read.
+const TURN: u32 = 256;
 
 /// What has been written of one stream's response.
 #[derive(Debug, Default, Clone, Copy)]
@@ -43,8 +46,15 @@ pub struct Traffic {
     response_written: Notify,
     /// Received heads and trailers that are too large.
     large: RefCell<LargeBlocks>,
-    /// Requests that the client may reset before they are answered.
+    /// Requests that the client may reset before they are answered, or that h2 may refuse.
     resets: RefCell<FrameBudget>,
+    refused: RefCell<RefusedRequests>,
+    /// Frames that were read in this turn.
+    turn: Cell<u32>,
+    /// Whether h2 has taken everything that was read.
+    is_taken: Cell<bool>,
+    /// Whether a part has begun that is not complete.
+    is_unfinished: Cell<bool>,
     /// Frames without message content.
     frames: RefCell<FrameBudget>,
     /// Time of the last frame with message content, in either direction.
@@ -68,6 +78,10 @@ impl Traffic {
             response_written: Notify::new(),
             large: RefCell::new(LargeBlocks::new(block)),
             resets: RefCell::new(FrameBudget::new(resets, RESETS, now)),
+            refused: RefCell::default(),
+            turn: Cell::new(0),
+            is_taken: Cell::new(false),
+            is_unfinished: Cell::new(false),
             frames: RefCell::new(FrameBudget::new(frames, FRAMES, now)),
             last_content: Cell::new(now),
             last_received: Cell::new(now),
@@ -89,6 +103,9 @@ impl Traffic {
     /// Records a received frame. Returns false if the budget is exceeded and the connection has to end.
     pub fn received(&self, frame: FrameHead, now: Instant) -> bool {
         self.last_received.set(now);
+        self.is_taken.set(false);
+        self.turn.set(self.turn.get() + 1);
+        self.refused.borrow_mut().received(frame);
         self.large.borrow_mut().note(frame);
         let carries = match frame.kind {
             kind::HEADERS => true,
@@ -104,6 +121,32 @@ impl Traffic {
         frames.spend(now) || self.end("frames")
     }
 
+    /// h2 asks for more bytes: it has taken every frame that it could read.
+    pub fn asked(&self) {
+        self.is_taken.set(true);
+    }
+
+    /// Whether the streams should run before more is read.
+    pub fn turn_is_over(&self) -> bool {
+        self.turn.get() >= TURN
+    }
+
+    /// h2 has accepted a request.
+    pub fn accepted(&self) {
+        self.refused.borrow_mut().accepted();
+    }
+
+    /// h2 has no further request for now, and the streams run next.
+    pub fn next_turn(&self) {
+        self.turn.set(0);
+        if self.is_taken.get() {
+            let refused = self.refused.borrow_mut().more(self.is_unfinished.get());
+            for _ in 0..refused {
+                self.reset();
+            }
+        }
+    }
+
     /// Everything that has arrived has been read.
     pub fn all_read(&self) {
         self.unfinished.all_read();
@@ -111,6 +154,7 @@ impl Traffic {
 
     /// Something has been read. Records which part the client has begun and not completed.
     pub fn note_unfinished(&self, part: Option<u64>, now: Instant) {
+        self.is_unfinished.set(part.is_some());
         self.unfinished.note(part, now);
     }
 
@@ -142,7 +186,7 @@ impl Traffic {
         }
     }
 
-    /// Records that the client reset a request before it was answered.
+    /// Records that a request was reset before it was answered, by the client or by h2.
     pub fn reset(&self) {
         if !self.resets.borrow_mut().spend(Instant::now()) {
             self.end("resets");

@@ -37,8 +37,9 @@ settings! {
         /// Requests that browsers send for web pages of other origins (CORS). Preflights pass to endpoints unless the section is
         /// present.
         pub cors: Option<Cors> = None => optional_section(),
-        /// Number of unanswered requests that a client may reset on one HTTP/2 connection; the same number again is allowed in
-        /// every ten minutes. Beyond it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
+        /// Number of requests on one HTTP/2 connection that a client may reset before they are answered, or that the agent may reset
+        /// because they are malformed; the same number again is allowed in every ten minutes. Beyond it, the agent sends GOAWAY with
+        /// ENHANCE_YOUR_CALM.
         pub http2_resets: u32 = 1000 => integer(1..=1_000_000),
         /// Number of frames on one HTTP/2 connection that carry no part of a message (PING, SETTINGS, PRIORITY, WINDOW_UPDATE,
         /// ...), beyond 8 for each frame of a message in either direction; the same number again is allowed in every ten seconds.

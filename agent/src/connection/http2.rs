@@ -4,21 +4,32 @@
 //! without acknowledgements, and the budgets of [`Traffic`] for resets and for frames without content.
 
 mod io;
+mod silence;
 
-use std::{cell::Cell, future::poll_fn, pin::pin, rc::Rc, task::Poll, time::Duration};
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    pin::pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::{Bytes, BytesMut};
 use h2::{
-    Ping, PingPong, Reason, RecvStream,
+    PingPong, Reason, RecvStream,
     server::{Builder, Connection, SendResponse},
 };
 use tokio::{
     sync::Notify,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::io::CountedIo;
+use self::{
+    io::CountedIo,
+    silence::{PONG_TIMEOUT, unresponsive},
+};
 use super::{ClientPeer, age::ConnectionAge, head_limit};
 use crate::{
     client::{
@@ -40,11 +51,13 @@ const STREAM_WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 20;
 /// Bytes of a response buffered per stream beyond the client's window.
 const SEND_BUFFER: usize = 64 << 10;
+/// What small DATA frames that no stream has taken yet may cost, in bytes beyond their content: h2 counts 256 bytes for each. A turn of
+/// a connection reads a small part of it, so that only streams that take nothing use it up.
+const DATA_FRAMES: usize = 4 << 20;
+/// Requests that were reset before the agent accepted them. More than a turn reads, because [`Traffic`] counts resets.
+const PENDING_RESETS: usize = 4096;
 /// How long a connection that is shed may take to send GOAWAY.
 const SHED_TIMEOUT: Duration = Duration::from_millis(100);
-/// How long a client may be silent before it gets a PING, and how long it may take to answer it.
-const PING_INTERVAL: Duration = Duration::from_secs(30);
-const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a client without requests may take to acknowledge that the agent is leaving (RFC 9113 section 6.8).
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a final GOAWAY may take to be sent.
@@ -239,6 +252,10 @@ async fn handshake(
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(DATA_FRAMES)
+        .max_pending_accept_reset_streams(PENDING_RESETS)
+        // Counted by `Traffic`, whose budget refills.
+        .max_local_error_reset_streams(None)
         .handshake(io);
     with_deadline(head_limit(config).map(|limit| begun + limit), handshake).await
 }
@@ -253,14 +270,14 @@ async fn run(
 ) -> Ending {
     let activity = Rc::new(Activity::new(IdleState::new(&current.idle)));
     let ping = connection.ping_pong();
-    let mut over = pin!(over(current, traffic, ping));
+    let mut over = pin!(over(current, traffic, ping, &activity));
     let mut leave = pin!(activity.leave(current, ConnectionAge::since(Instant::now())));
     let mut leaving = false;
     let reason = loop {
         tokio::select! {
             biased;
             reason = over.as_mut() => break reason,
-            accepted = poll_fn(|cx| connection.poll_accept(cx)) => match accepted {
+            accepted = poll_fn(|cx| poll_accept(&mut connection, traffic, cx)) => match accepted {
                 Some(Ok((request, answer))) => {
                     let served = serve_request(current.worker(), request, answer, peer.clone(), Rc::clone(traffic), activity.begin());
                     requests.spawn_local(served);
@@ -278,7 +295,7 @@ async fn run(
                 connection.graceful_shutdown();
                 if shed {
                     // An idle client needs no time to finish.
-                    let _ = timeout(SHED_TIMEOUT, closed(&mut connection)).await;
+                    let _ = timeout(SHED_TIMEOUT, closed(&mut connection, traffic)).await;
                     return Ending::Done;
                 }
             }
@@ -290,8 +307,14 @@ async fn run(
 }
 
 /// Resolves when the client broke a limit or is not reachable any more. Returns the reason.
-async fn over(current: &Current, traffic: &Traffic, ping: Option<PingPong>) -> &'static str {
-    let (mut unresponsive, mut stalled) = (pin!(unresponsive(traffic, ping)), pin!(stalled(current, traffic)));
+async fn over(current: &Current, traffic: &Traffic, ping: Option<PingPong>, activity: &Activity) -> &'static str {
+    // A client with a request may take as long to read on as it may take to accept its response.
+    let patience = || match activity.requests.get() {
+        0 => Some(PONG_TIMEOUT),
+        _ => current.worker().shared.config.timeouts.idle.map(|idle| idle.max(PONG_TIMEOUT)),
+    };
+    let mut unresponsive = pin!(unresponsive(traffic, ping, patience));
+    let mut stalled = pin!(stalled(current, traffic));
     loop {
         let (head, unreachable) = {
             let worker = current.worker();
@@ -329,43 +352,33 @@ async fn close(mut connection: Connection<CountedIo, Bytes>, traffic: &Traffic, 
         "resets" | "frames" => Reason::ENHANCE_YOUR_CALM,
         _ => Reason::NO_ERROR,
     });
-    match timeout(GOAWAY_TIMEOUT, closed(&mut connection)).await {
+    match timeout(GOAWAY_TIMEOUT, closed(&mut connection, traffic)).await {
         Ok(()) => Ending::Reading,
         Err(_) => Ending::Stuck,
     }
 }
 
 /// Resolves when the connection has sent everything and ended.
-async fn closed(connection: &mut Connection<CountedIo, Bytes>) {
-    while let Some(Ok(_)) = poll_fn(|cx| connection.poll_accept(cx)).await {}
+async fn closed(connection: &mut Connection<CountedIo, Bytes>, traffic: &Traffic) {
+    while let Some(Ok(_)) = poll_fn(|cx| poll_accept(connection, traffic, cx)).await {}
 }
 
-/// Resolves when the client has been silent and does not answer a PING. Acknowledged bytes extend the wait, because a
-/// slow reader sees the PING late.
-async fn unresponsive(traffic: &Traffic, ping: Option<PingPong>) {
-    let Some(mut ping) = ping else { return std::future::pending().await };
-    loop {
-        sleep_until(traffic.last_received() + PING_INTERVAL).await;
-        if traffic.last_received().elapsed() < PING_INTERVAL {
-            continue;
-        }
-        let mut acknowledged = traffic.acknowledged();
-        let Ok(()) = ping.send_ping(Ping::opaque()) else { return };
-        loop {
-            match timeout(PONG_TIMEOUT, poll_fn(|cx| ping.poll_pong(cx))).await {
-                Ok(Ok(_)) => break,
-                // The connection task reports the error.
-                Ok(Err(_)) => return std::future::pending().await,
-                Err(_) => {
-                    let now = traffic.acknowledged();
-                    if now.is_err() || now.as_ref().ok() == acknowledged.as_ref().ok() {
-                        return;
-                    }
-                    acknowledged = now;
-                }
-            }
-        }
+/// A request that the client has begun.
+type Accepted = (http::Request<RecvStream>, SendResponse<Bytes>);
+
+/// Polls for the next request. Reads no more than a turn's frames before the streams run.
+fn poll_accept(
+    connection: &mut Connection<CountedIo, Bytes>,
+    traffic: &Traffic,
+    cx: &mut Context<'_>,
+) -> Poll<Option<Result<Accepted, h2::Error>>> {
+    let polled = connection.poll_accept(cx);
+    match &polled {
+        Poll::Ready(Some(Ok(_))) => traffic.accepted(),
+        Poll::Ready(_) => {}
+        Poll::Pending => traffic.next_turn(),
     }
+    polled
 }
 
 /// Resolves when the client's queued bytes have been unacknowledged for `timeouts.idle`.

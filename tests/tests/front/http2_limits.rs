@@ -25,12 +25,12 @@ use crate::SOON;
 const IDLE: Duration = Duration::from_millis(400);
 /// An idle timeout for tests of other limits: an upper bound for a busy machine.
 const LONG: Duration = Duration::from_secs(60);
-const CANCEL: u32 = 8;
-const ENHANCE_YOUR_CALM: u32 = 11;
+pub(crate) const CANCEL: u32 = 8;
+pub(crate) const ENHANCE_YOUR_CALM: u32 = 11;
 
-struct Scene {
-    server: ModelServer,
-    agent: TestAgent,
+pub(crate) struct Scene {
+    pub(crate) server: ModelServer,
+    pub(crate) agent: TestAgent,
 }
 
 impl Scene {
@@ -44,7 +44,7 @@ impl Scene {
     }
 
     /// Like [`Self::new`], with an idle timeout that no client reaches.
-    async fn patient(adjust: impl FnOnce(&mut Config)) -> Self {
+    pub(crate) async fn patient(adjust: impl FnOnce(&mut Config)) -> Self {
         Self::new(|config| {
             config.timeouts.idle = Some(LONG);
             adjust(config);
@@ -53,7 +53,7 @@ impl Scene {
     }
 
     /// A client whose windows admit this much of each response before it opens them.
-    async fn client(&self, window: u32) -> Http2Frames {
+    pub(crate) async fn client(&self, window: u32) -> Http2Frames {
         Http2Frames::connect_with(self.agent.addr, &Frame::initial_window(window)).await.unwrap()
     }
 
@@ -62,7 +62,7 @@ impl Scene {
     }
 }
 
-fn get(stream: u32, path: &str, plan: Option<&Plan>) -> Frame {
+pub(crate) fn get(stream: u32, path: &str, plan: Option<&Plan>) -> Frame {
     let plan = plan.map(Plan::header);
     let mut fields = vec![(":method", "GET"), (":scheme", "http"), (":path", path), (":authority", "x")];
     fields.extend(plan.as_deref().map(|plan| ("x-test-plan", plan)));
@@ -70,7 +70,7 @@ fn get(stream: u32, path: &str, plan: Option<&Plan>) -> Frame {
 }
 
 /// Reads the response of this stream to its end: body bytes and the reset's error, if any.
-async fn answer(client: &mut Http2Frames, stream: u32, give_back: bool) -> (u64, Option<u32>) {
+pub(crate) async fn answer(client: &mut Http2Frames, stream: u32, give_back: bool) -> (u64, Option<u32>) {
     let mut bytes = 0;
     loop {
         let frame = client.find(|frame| frame.stream == stream).await.unwrap().expect("no frame of the stream");

@@ -12,6 +12,7 @@ mod grpc;
 mod half_close;
 mod http10;
 mod https_endpoints;
+mod http2_bursts;
 mod http2_clients;
 mod http2_endpoints;
 mod http2_limits;

@@ -15,7 +15,10 @@ use tokio::{
 
 use crate::{
     client::Traffic,
-    http::frame_heads::{FrameHeads, PREFACE},
+    http::{
+        empty_data::EmptyData,
+        frame_heads::{FrameHeads, PREFACE},
+    },
 };
 
 pub(super) struct CountedIo {
@@ -23,13 +26,15 @@ pub(super) struct CountedIo {
     /// Bytes read before, which h2 has not taken yet.
     read: BytesMut,
     incoming: FrameHeads,
+    empty: EmptyData,
     outgoing: FrameHeads,
 }
 
 impl CountedIo {
     /// `read` holds bytes already read from the connection.
     pub(super) fn new(traffic: Rc<Traffic>, read: BytesMut) -> Self {
-        Self { traffic, read, incoming: FrameHeads::after(PREFACE), outgoing: FrameHeads::after(0) }
+        let (incoming, empty, outgoing) = (FrameHeads::after(PREFACE), EmptyData::after(PREFACE), FrameHeads::after(0));
+        Self { traffic, read, incoming, empty, outgoing }
     }
 
     fn written(&mut self, bytes: &[u8], now: Instant) {
@@ -40,29 +45,36 @@ impl CountedIo {
 
 impl AsyncRead for CountedIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.traffic.over().is_some() {
-            // Stops reading from a client over its budget; the connection task has been woken to end the connection.
-            return Poll::Pending;
-        }
-        let before = buf.filled().len();
-        if this.read.is_empty() {
-            let read = Pin::new(&mut *this.traffic.wire().borrow_mut()).poll_read(cx, buf);
-            if read.is_pending() {
-                this.traffic.all_read();
+        let Self { traffic, read, incoming, empty, .. } = self.get_mut();
+        traffic.asked();
+        empty.poll_read(buf, |buf| {
+            if traffic.over().is_some() {
+                // Stops reading from a client over its budget; the connection task has been woken to end the connection.
+                return Poll::Pending;
             }
-            ready!(read)?;
-        } else {
-            let some = this.read.len().min(buf.remaining());
-            buf.put_slice(&this.read[..some]);
-            this.read.advance(some);
-        }
-        let (traffic, now) = (&this.traffic, Instant::now());
-        this.incoming.feed(&buf.filled()[before..], |frame| {
-            traffic.received(frame, now);
-        });
-        traffic.note_unfinished(this.incoming.unfinished(), now);
-        Poll::Ready(Ok(()))
+            if traffic.turn_is_over() {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let before = buf.filled().len();
+            if read.is_empty() {
+                let read = Pin::new(&mut *traffic.wire().borrow_mut()).poll_read(cx, buf);
+                if read.is_pending() {
+                    traffic.all_read();
+                }
+                ready!(read)?;
+            } else {
+                let some = read.len().min(buf.remaining());
+                buf.put_slice(&read[..some]);
+                read.advance(some);
+            }
+            let now = Instant::now();
+            incoming.feed(&buf.filled()[before..], |frame| {
+                traffic.received(frame, now);
+            });
+            traffic.note_unfinished(incoming.unfinished(), now);
+            Poll::Ready(Ok(()))
+        })
     }
 }
 
