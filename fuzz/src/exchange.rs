@@ -170,7 +170,7 @@ fn check_messages(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap,
             }
             Ok(Event::Outcome(Outcome::Immediate(reply))) => assert!(reply.status.as_u16() >= 200),
             Ok(Event::Excessive) => {}
-            Ok(Event::ResponseBody(_) | Event::ResponseTrailers(_)) => {
+            Ok(Event::ResponseBody(_) | Event::ResponseTrailers(_) | Event::ResponseDeclined) => {
                 assert!(seen.obeyed, "an answer that nobody wants");
             }
             Ok(Event::ResponseHead(mutation)) => {

@@ -3,7 +3,10 @@
 use std::fmt::Debug;
 
 use envoy_types::pb::{
-    envoy::{config::core::v3 as their_core, service::ext_proc::v3 as theirs, r#type::v3::HttpStatus},
+    envoy::{
+        config::core::v3 as their_core, extensions::filters::http::ext_proc::v3::ProcessingMode,
+        service::ext_proc::v3 as theirs, r#type::v3::HttpStatus,
+    },
     google::protobuf as well_known,
 };
 use penstock_proto::{core, ext_proc, http_type};
@@ -167,6 +170,7 @@ fn replies(
 }
 
 #[test]
+#[allow(deprecated)]
 fn responses() {
     use ext_proc::body_mutation::Mutation;
     use theirs::body_mutation::Mutation as TheirMutation;
@@ -193,11 +197,19 @@ fn responses() {
                     response: Some(ours),
                     dynamic_metadata: Some(our_struct()),
                     override_message_timeout: Some(prost_types::Duration { seconds: 3, nanos: 5 }),
+                    mode_override: Some(ext_proc::ProcessingMode {}),
+                    request_drain: true,
+                    request_drain_requests: true,
+                    request_drain_responses: true,
                 },
                 &theirs::ProcessingResponse {
                     response: Some(their_response),
                     dynamic_metadata: Some(their_struct()),
                     override_message_timeout: Some(well_known::Duration { seconds: 3, nanos: 5 }),
+                    mode_override: Some(Default::default()),
+                    request_drain: true,
+                    request_drain_requests: true,
+                    request_drain_responses: true,
                     ..Default::default()
                 },
             );
@@ -207,14 +219,20 @@ fn responses() {
 
 #[test]
 fn what_we_leave_out_is_skipped() {
+    let mode = ProcessingMode { request_header_mode: 1, response_body_mode: 4, ..Default::default() };
     let bytes = theirs::ProcessingResponse {
-        mode_override: Some(Default::default()),
+        mode_override: Some(mode),
         dynamic_metadata: Some(their_struct()),
         ..Default::default()
     }
     .encode_to_vec();
     let ours = ext_proc::ProcessingResponse::decode(bytes.as_slice()).expect("unknown fields are no error");
-    assert_eq!(ours, ext_proc::ProcessingResponse { dynamic_metadata: Some(our_struct()), ..Default::default() });
+    let expected = ext_proc::ProcessingResponse {
+        mode_override: Some(ext_proc::ProcessingMode {}),
+        dynamic_metadata: Some(our_struct()),
+        ..Default::default()
+    };
+    assert_eq!(ours, expected);
 }
 
 /// A binding of the health protocol is not at hand; its two messages have one field each.

@@ -56,7 +56,8 @@ settings! {
         /// this one back on purpose: it is answered with 503, unless this is true and `failure_mode` is `"open"`. An EPP that
         /// decided none has failed: `failure_mode` applies, and no further request waits for it until it decides one again.
         pub open_on_deadline: bool = false => boolean(),
-        /// How long a response head waits for the mutation that the EPP may make of it.
+        /// How long a response head waits for the mutation that the EPP may make of it. With `response_to_picker = "body"`, the head
+        /// of a response that has a body waits until the EPP has replied to it or answered for the body, for at most `timeouts.idle`.
         pub response_timeout: Option<Duration> = Some(Duration::from_millis(100)) => duration_or_off(),
         /// What the EPP sees of request bodies.
         pub body_to_picker: BodyToPicker = BodyToPicker::Whole => value::choice(),
@@ -121,8 +122,9 @@ choice! {
         /// bytes if it is known which of them the EPP has not answered for; otherwise the response is broken off. Trailers are sent
         /// after the body, whose last message then does not end the response; the EPP's reply to them does. An EPP that has answered
         /// for the body and does not reply to the trailers within a second is sent the end of the body instead for ten minutes, and
-        /// clients get the endpoint's trailers. A body in the reply to the head (`CONTINUE_AND_REPLACE`) is the whole body. Header
-        /// mutations in replies to the body have no effect. Such responses are relayed.
+        /// clients get the endpoint's trailers. A body in the reply to the head (`CONTINUE_AND_REPLACE`) is the whole body, and goes
+        /// out with that reply's status and fields or not at all; a reply of this kind without a body leaves the endpoint's body as it
+        /// is, and the EPP is sent no more of it. Header mutations in replies to the body have no effect. Such responses are relayed.
         Body = "body",
     }
 }

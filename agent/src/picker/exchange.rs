@@ -4,10 +4,12 @@
 //! events (`next_event`). Sends exactly one end of stream per direction. There is at most one decision or failure, and after a
 //! decision nothing from the EPP is an error. The EPP's replies may come in any order.
 
+mod response;
+
 use std::{collections::VecDeque, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName};
+use http::HeaderName;
 use penstock_proto::{
     core::HeaderValueOption,
     ext_proc::{
@@ -19,6 +21,7 @@ use penstock_proto::{
 
 use prost::Message as _;
 
+use self::response::ResponseState;
 use super::{
     allowance::Allowance,
     error::PickError,
@@ -65,6 +68,8 @@ pub enum Event {
     ResponseHead(HeaderMutation),
     /// The EPP's reply to the head of the response exceeds the limits and is not applied.
     Excessive,
+    /// The EPP's reply to the head says that it wants nothing of the body and leaves it unchanged, if its answers are wanted.
+    ResponseDeclined,
     /// The EPP's answer about the response's body, if it is wanted.
     ResponseBody(Answer),
     /// The EPP's reply to the trailers of the response, if it is wanted. `None` if it exceeds the limits and is not applied.
@@ -86,7 +91,7 @@ pub struct Exchange {
     pieces_sent: usize,
     /// Whether the last body message, or the head, had the end of stream.
     request_ended: bool,
-    response: ResponsePhase,
+    response: ResponseState,
     /// Whether the EPP has replied to the head of the request.
     head_answered: bool,
     by_metadata: Option<String>,
@@ -94,29 +99,14 @@ pub struct Exchange {
     mutation: HeaderMutation,
     /// How much the EPP may still change in the request's head.
     request_allowance: Allowance,
-    /// How much the EPP may still change in the response's head.
-    response_allowance: Allowance,
-    /// How much it may change in the response's trailers.
-    trailer_allowance: Allowance,
     /// Messages from the EPP so far.
     messages: usize,
     replacement: Replacement,
-    /// Whether the EPP's answers about the response's body and trailers are obeyed.
-    is_obeyed: bool,
-    /// Whether the EPP has replaced the response's body with its reply to the head.
-    replaces_body: bool,
     /// Takes the dynamic metadata of every reply.
     metadata: Option<metadata::SharedMetadata>,
     /// Whether a decision, an immediate reply or a failure was returned.
     finished: bool,
     events: VecDeque<Result<Event, PickError>>,
-}
-
-#[derive(Debug, PartialEq)]
-enum ResponsePhase {
-    Before,
-    Body,
-    Ended,
 }
 
 impl Exchange {
@@ -136,19 +126,15 @@ impl Exchange {
             outbox: VecDeque::new(),
             pieces_sent: 0,
             request_ended: !has_body,
-            response: ResponsePhase::Before,
+            response: ResponseState::new(&limits.epp),
             head_answered: false,
             by_metadata: None,
             by_header: None,
             mutation: HeaderMutation::default(),
             request_allowance: Allowance::of(&request.headers, &limits.epp),
-            response_allowance: Allowance::plain(&limits.epp),
-            trailer_allowance: Allowance::plain(&limits.epp),
             messages: 0,
             replacement: Replacement::new(limits.replaced_body, Arc::clone(&limits.memory)),
             limits,
-            is_obeyed: false,
-            replaces_body: false,
             metadata: None,
             finished: false,
             events: VecDeque::new(),
@@ -162,11 +148,6 @@ impl Exchange {
     #[must_use]
     pub fn with_members(self, members: Arc<EndpointSet>) -> Self {
         Self { members: Some(members), ..self }
-    }
-
-    /// Returns the EPP's answers about the response's body and trailers from now on.
-    pub fn obey(&mut self) {
-        self.is_obeyed = true;
     }
 
     /// Collects the dynamic metadata of further replies.
@@ -187,55 +168,6 @@ impl Exchange {
         self.decide_if_complete();
     }
 
-    /// Queues the head of the response from `served`.
-    pub fn response_headers(
-        &mut self,
-        status: http::StatusCode,
-        headers: &HeaderMap,
-        served: SocketAddr,
-        end_of_stream: bool,
-    ) {
-        if self.response != ResponsePhase::Before {
-            return;
-        }
-        self.served = Some(served);
-        self.response_allowance = Allowance::of(headers, &self.limits.epp);
-        self.response = if end_of_stream { ResponsePhase::Ended } else { ResponsePhase::Body };
-        self.queue(message::response_head(status, headers, end_of_stream));
-    }
-
-    /// Queues a piece of the response's body, of any size. Pieces before the head or after the end are dropped.
-    pub fn response_body(&mut self, piece: Bytes, end: bool) {
-        if self.response != ResponsePhase::Body {
-            return;
-        }
-        if end {
-            self.response = ResponsePhase::Ended;
-        }
-        for request in message::response_body(piece, end) {
-            self.queue(request);
-        }
-    }
-
-    /// Queues the trailers of the response, which end it. Before the head and after the end they are dropped.
-    pub fn response_trailers(&mut self, trailers: &HeaderMap) {
-        if self.response == ResponsePhase::Body {
-            self.response = ResponsePhase::Ended;
-            self.trailer_allowance = Allowance::of(trailers, &self.limits.epp);
-            self.queue(message::response_trailers(trailers));
-        }
-    }
-
-    /// Whether the EPP has replaced the response's body with its reply to the head.
-    pub fn replaces_body(&self) -> bool {
-        self.replaces_body
-    }
-
-    /// Queues the end of the response.
-    pub fn response_end(&mut self) {
-        self.response_body(Bytes::new(), true);
-    }
-
     /// Returns the next message to send.
     pub fn next_message(&mut self) -> Option<ProcessingRequest> {
         self.outbox.pop_front()
@@ -249,6 +181,11 @@ impl Exchange {
     /// Returns the next event.
     pub fn next_event(&mut self) -> Option<Result<Event, PickError>> {
         self.events.pop_front()
+    }
+
+    /// Returns this event next: nothing has been done about it.
+    pub fn put_back(&mut self, event: Event) {
+        self.events.push_front(Ok(event));
     }
 
     /// Whether the EPP has said anything about the request. A reply that keeps a piece of the body unchanged does not count.
@@ -268,23 +205,17 @@ impl Exchange {
         {
             self.by_metadata = Some(list);
         }
+        let is_notice = message::is_notice(&reply);
         match reply.response {
             Some(Response::ImmediateResponse(immediate)) => self.immediate(immediate),
-            Some(Response::ResponseHeaders(head)) => self.response_head(head.response.unwrap_or_default()),
+            Some(Response::ResponseHeaders(head)) => self.response_head_reply(head.response.unwrap_or_default()),
             Some(Response::RequestHeaders(head)) if !self.finished => {
                 self.request_head(head.response.unwrap_or_default());
             }
             Some(Response::RequestBody(body)) if !self.finished => self.body_reply(body),
-            Some(Response::ResponseBody(body)) if self.is_obeyed => {
-                self.events.push_back(Ok(Event::ResponseBody(Answer::of(body))));
-            }
-            Some(Response::ResponseTrailers(reply)) if self.is_obeyed => {
-                let mutation = reply.header_mutation.unwrap_or_default();
-                let fits = self.trailer_allowance.take(&mutation);
-                self.events.push_back(Ok(Event::ResponseTrailers(fits.then_some(mutation))));
-            }
-            // An EPP that asks for more time has not replied. The deadline stays.
-            None if reply.override_message_timeout.is_some() => {}
+            Some(Response::ResponseBody(body)) => self.response_body_reply(body),
+            Some(Response::ResponseTrailers(trailers)) => self.response_trailers_reply(trailers),
+            None if is_notice => {}
             None => self.finish(Err(PickError::UnknownReply)),
             // Other replies to bodies and trailers, and late replies to the request, change nothing.
             _ => {}
@@ -381,27 +312,14 @@ impl Exchange {
         self.head_answered = true;
         self.mutate(reply.header_mutation.take());
         if reply.status() == ResponseStatus::ContinueAndReplace {
-            self.replace(|replacement| replacement.whole(whole_body(reply)));
-        }
-    }
-
-    fn response_head(&mut self, mut reply: CommonResponse) {
-        let mutation = reply.header_mutation.take().unwrap_or_default();
-        let fits = self.response_allowance.take(&mutation);
-        self.events.push_back(Ok(if fits { Event::ResponseHead(mutation) } else { Event::Excessive }));
-        let replaces = reply.status() == ResponseStatus::ContinueAndReplace && reply.body_mutation.is_some();
-        if replaces && self.is_obeyed {
-            // As Envoy does: the EPP is sent nothing more of this response.
-            self.response = ResponsePhase::Ended;
-            self.replaces_body = true;
-            self.events.push_back(Ok(Event::ResponseBody(Answer::Whole(whole_body(reply)))));
+            self.replace(|replacement| replacement.with_head(body_mutation(reply)));
         }
     }
 
     fn body_reply(&mut self, reply: BodyResponse) {
         let mut reply = reply.response.unwrap_or_default();
         self.mutate(reply.header_mutation.take());
-        self.replace(|replacement| replacement.reply(reply.body_mutation.and_then(|mutation| mutation.mutation)));
+        self.replace(|replacement| replacement.reply(body_mutation(reply)));
     }
 
     fn replace(&mut self, step: impl FnOnce(&mut Replacement) -> Result<(), PickError>) {
@@ -480,12 +398,8 @@ impl Exchange {
     }
 }
 
-/// The body that replaces the message's own, in a reply to a head.
-fn whole_body(reply: CommonResponse) -> Bytes {
-    match reply.body_mutation.and_then(|mutation| mutation.mutation) {
-        Some(Mutation::Body(body)) => body,
-        _ => Bytes::new(),
-    }
+fn body_mutation(reply: CommonResponse) -> Option<Mutation> {
+    reply.body_mutation.and_then(|mutation| mutation.mutation)
 }
 
 #[cfg(test)]

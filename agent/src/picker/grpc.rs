@@ -27,8 +27,10 @@ const UNARY: usize = 1 << 16;
 /// How the peer's side of a stream ended.
 #[derive(Debug)]
 pub(super) enum PeerEnd {
-    /// With status OK.
+    /// With status OK, after whole messages.
     Closed,
+    /// Without a status, or within a message.
+    Unclean(&'static str),
     /// With another status, or with bytes that are not gRPC.
     Status(Status),
     /// The stream or its connection was lost.
@@ -106,7 +108,10 @@ impl GrpcStream {
                 Ok(None) => {}
                 Err(status) => return Poll::Ready(Err(self.over(PeerEnd::Status(status)))),
             }
-            if let Some(end) = ready!(self.poll_bytes(cx)) {
+            if let Some(mut end) = ready!(self.poll_bytes(cx)) {
+                if matches!(end, PeerEnd::Closed) && !self.buffer.is_empty() {
+                    end = PeerEnd::Unclean("the stream ended within a message");
+                }
                 return Poll::Ready(Err(self.over(end)));
             }
         }
@@ -119,7 +124,7 @@ impl GrpcStream {
             PeerEnd::Closed => self.send(Bytes::new(), true),
             PeerEnd::Lost(_) => self.sending = None,
             // The rest of the peer's side is not read.
-            PeerEnd::Status(_) => {}
+            PeerEnd::Status(_) | PeerEnd::Unclean(_) => {}
         }
         end
     }
@@ -168,12 +173,8 @@ impl GrpcStream {
                     self.buffer.put(data);
                     Poll::Ready(None)
                 }
-                // A server may end a stream early in this way (RFC 9113 §8.1).
-                Some(Err(error))
-                    if matches!(error.reason(), Some(Reason::NO_ERROR | Reason::CANCEL)) && error.is_reset() =>
-                {
-                    Poll::Ready(Some(PeerEnd::Closed))
-                }
+                // Also a reset with NO_ERROR or CANCEL: without a status it is not known what the peer would have sent. One that
+                // follows a whole answer (RFC 9113 §8.1) is not read.
                 Some(Err(error)) => Poll::Ready(Some(PeerEnd::Lost(error))),
                 None => match ready!(body.poll_trailers(cx)) {
                     Ok(trailers) => Poll::Ready(Some(end_of(trailers.as_ref()))),
@@ -228,9 +229,10 @@ fn ended(status: Status) -> PeerEnd {
     if status.code() == Code::Ok { PeerEnd::Closed } else { PeerEnd::Status(status) }
 }
 
-/// How a stream ended by its trailers.
+/// How a stream ended by its trailers. A stream without a status has failed (gRPC over HTTP/2, "Responses").
 fn end_of(trailers: Option<&HeaderMap>) -> PeerEnd {
-    trailers.and_then(Status::from_header_map).map_or(PeerEnd::Closed, ended)
+    let status = trailers.and_then(Status::from_header_map);
+    status.map_or(PeerEnd::Unclean("the stream ended without a grpc-status"), ended)
 }
 
 /// The status of a response that is not gRPC's, by its HTTP status (gRPC's "HTTP to gRPC Status Code Mapping").

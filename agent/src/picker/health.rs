@@ -89,6 +89,7 @@ impl Checker {
                 None
             }
             Ok(Err(PeerEnd::Status(status))) => Some(failed(status.code())),
+            Ok(Err(PeerEnd::Unclean(_))) => Some(failed(Code::Unknown)),
             // Without an answer.
             Ok(Err(PeerEnd::Closed)) => Some(ReplicaState::NotServing),
             Err(_) => {

@@ -9,7 +9,10 @@ use bytes::Bytes;
 use http::{HeaderMap, uri::Scheme};
 use penstock_proto::{
     core::{self, HeaderValue, Metadata},
-    ext_proc::{BodySendMode, HttpBody, HttpHeaders, HttpTrailers, ProtocolConfiguration, processing_request::Request},
+    ext_proc::{
+        BodySendMode, HttpBody, HttpHeaders, HttpTrailers, ProcessingResponse, ProtocolConfiguration,
+        processing_request::Request,
+    },
 };
 use prost_types::{ListValue, Struct, Value, value::Kind};
 
@@ -104,6 +107,14 @@ pub fn metadata(subset: Option<&[SocketAddr]>, served: Option<SocketAddr>) -> Op
     let served = served.map(|address| (LB.to_owned(), one(SERVED, Kind::StringValue(address.to_string()))));
     let filter_metadata: std::collections::HashMap<_, _> = subset.into_iter().chain(served).collect();
     (!filter_metadata.is_empty()).then_some(Metadata { filter_metadata })
+}
+
+/// Whether a message without a reply tells something else: more time is needed, another body mode is wanted, no more of a body is
+/// wanted, or metadata. The reply is still to come, and the deadline stays.
+pub fn is_notice(message: &ProcessingResponse) -> bool {
+    let drains = message.request_drain || message.request_drain_requests || message.request_drain_responses;
+    let wishes = message.override_message_timeout.is_some() || message.mode_override.is_some();
+    message.response.is_none() && (drains || wishes || message.dynamic_metadata.is_some())
 }
 
 /// The pick in an EPP's dynamic metadata: a string or, from some EPPs, a list of strings.

@@ -80,8 +80,25 @@ impl Replacement {
         Ok(())
     }
 
-    /// Takes a body that came with the reply to the head.
-    pub fn whole(&mut self, body: Bytes) -> Result<(), PickError> {
+    /// Takes the mutation in a reply to the head after which no replies to the body come. Without a body in it, the client's body is
+    /// used; if earlier replies have replaced a part, the other parts still need theirs.
+    pub fn with_head(&mut self, mutation: Option<Mutation>) -> Result<(), PickError> {
+        match mutation {
+            None | Some(Mutation::ClearBody(false)) => {
+                self.ended |= self.is_untouched();
+                Ok(())
+            }
+            Some(Mutation::ClearBody(true)) => self.whole(Bytes::new()),
+            Some(Mutation::Body(body)) => self.whole(body),
+            Some(Mutation::StreamedResponse(piece)) if piece.end_of_stream => self.whole(piece.body),
+            // More pieces follow.
+            Some(piece @ Mutation::StreamedResponse(_)) => self.reply(Some(piece)),
+        }
+    }
+
+    fn whole(&mut self, body: Bytes) -> Result<(), PickError> {
+        // A second body after pieces of a first one.
+        self.replaced += usize::from(self.streamed);
         self.streamed = true;
         self.ended = true;
         self.push(body)

@@ -26,6 +26,8 @@ pub enum Answer {
     Streamed(Bytes, bool),
     /// The whole body, in a reply to the head.
     Whole(Bytes),
+    /// A body in a reply to the head that is not applied to the head: it came too late or exceeds the limits.
+    WithoutHead,
 }
 
 impl Answer {
@@ -47,6 +49,8 @@ pub enum UnusableAnswer {
     CopyDropped,
     /// A piece of a body after messages were left unchanged to their end, or a whole body after an answer.
     Mixed,
+    /// A body whose head is not applied.
+    WithoutHead,
     /// The EPP replied to the trailers, and messages without an answer are not known.
     Unanswered,
 }
@@ -138,6 +142,7 @@ impl Returned {
                 self.next();
                 body
             }
+            Answer::WithoutHead => return Err(UnusableAnswer::WithoutHead),
             Answer::Whole(_) if self.answered > 0 => return Err(UnusableAnswer::Mixed),
             Answer::Whole(body) => {
                 self.drop_copy();
@@ -340,6 +345,16 @@ mod tests {
         assert_eq!(found.as_deref(), Ok("a"), "the only message was answered");
         let (found, _) = out(&["a", "b"], vec![Keep, Answer::Whole(text("xyz"))]);
         assert_eq!(found, Err(UnusableAnswer::Mixed));
+    }
+
+    #[test]
+    fn body_without_its_head_cannot_be_obeyed() {
+        for before in [vec![], vec![Keep]] {
+            let (found, _) = out(&["a", "b"], [before, vec![Answer::WithoutHead]].concat());
+            assert_eq!(found, Err(UnusableAnswer::WithoutHead));
+        }
+        let (found, _) = out(&["a"], vec![streamed("whole", true), Answer::WithoutHead]);
+        assert_eq!(found.as_deref(), Ok("whole"), "the body has ended");
     }
 
     #[test]

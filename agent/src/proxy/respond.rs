@@ -24,7 +24,7 @@ use crate::{
     deliver::End,
     endpoint::{body::ResponseBody, connection::EndpointConnection},
     error::Error,
-    http::headers,
+    http::{headers, response::ResponseHead},
     picker::{error::PickError, exchange::ImmediateReply},
     probe::Point,
     tee::Rest,
@@ -49,11 +49,12 @@ pub(super) async fn respond(
     };
     let rename = rename(request, &head);
     request.apply_grant(config, &mut head.headers);
-    request.record.status(head.status, "ok");
-    request.record.event_stream(head.is_event_stream());
+    note_head(request, &head);
     worker.shared.probe.at(Point::Response(&request.parts));
     let carried = carry(worker, client, request, &mut head, &mut body, &mut picked, tee.as_ref(), rename).await;
     drop(in_flight);
+    // The EPP may have changed the head while it was held.
+    note_head(request, &head);
     if !carried.begun {
         // Nothing of the endpoint's response was sent.
         return match carried.end {
@@ -98,6 +99,11 @@ pub(super) async fn respond(
             Ok(AfterRequest::Abort)
         }
     }
+}
+
+fn note_head(request: &mut Request, head: &ResponseHead) {
+    request.record.status(head.status, "ok");
+    request.record.event_stream(head.is_event_stream());
 }
 
 /// Why nothing of the endpoint's response was sent.

@@ -11,6 +11,7 @@ mod fields;
 mod grpc;
 mod half_close;
 mod http10;
+mod held_heads;
 mod https_endpoints;
 mod http2_bursts;
 mod http2_clients;

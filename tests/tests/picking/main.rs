@@ -48,6 +48,7 @@ mod subset;
 mod times;
 mod tls;
 mod tracing;
+mod unclean;
 mod vanished;
 
 use std::time::Duration;

@@ -268,6 +268,10 @@ impl PickStream {
                     let (code, message) = (status.code(), status.message().to_owned());
                     self.fail(PickError::Status { code, message });
                 }
+                Err(PeerEnd::Unclean(how)) => {
+                    let (message, answered) = (how.to_owned(), self.exchange.answered());
+                    self.fail(PickError::Reset { message, answered });
+                }
                 Err(PeerEnd::Lost(error)) => {
                     let error = lost(&error, stream.http2.loss(&error), self.exchange.answered());
                     self.fail(error);

@@ -1,5 +1,6 @@
 //! Tests of the exchange: tables of steps on a stream and the events that follow.
 
+use http::HeaderMap;
 use penstock_proto::{
     core::{HeaderValue, HeaderValueOption},
     ext_proc::{
@@ -69,7 +70,9 @@ fn replies_in_any_order_lead_to_one_outcome() {
         // Replies of an unknown kind.
         ("of an unknown kind", vec![Piece, unknown(), End, head(A)], &["error unknown_reply"], 2),
         ("of an unknown kind after the decision", vec![End, head(A), kept(), unknown()], &["10.0.0.1:1 original"], 3),
-        ("more time", vec![End, more_time(), head(A), kept()], &["10.0.0.1:1 original"], 4),
+        ("empty", vec![End, Reply(Box::default()), head(A), kept()], &["error unknown_reply"], 2),
+        ("metadata before the head reply", vec![with_metadata(Reply(Box::default()), text(A)), End, no_pick(), kept()], &["10.0.0.1:1 original"], 4),
+        ("metadata after the head reply", vec![End, no_pick(), with_metadata(Reply(Box::default()), text(A)), kept()], &["10.0.0.1:1 original"], 4),
         // Clean close.
         ("before anything", vec![Piece, Closed], &["error closed_without_pick"], 2),
         ("after empty replies", vec![End, kept(), Closed], &["error closed_without_pick"], 3),
@@ -98,6 +101,113 @@ fn replies_in_any_order_lead_to_one_outcome() {
             (expected.iter().map(|s| (*s).to_owned()).collect(), at),
             "{name}"
         );
+    }
+}
+
+#[test]
+fn message_without_a_reply_changes_nothing() {
+    for notice in notices() {
+        for steps in [
+            vec![notice.clone(), End, head(A), kept()],
+            vec![End, notice.clone(), head(A), notice.clone(), kept()],
+            vec![End, head(A), kept(), notice.clone()],
+        ] {
+            let mut exchange = exchange(true, None);
+            assert_eq!(run(&mut exchange, steps).0, ["10.0.0.1:1 original"], "{notice:?}");
+        }
+        let mut exchange = exchange(true, None);
+        assert_eq!(run(&mut exchange, vec![End, notice.clone(), Deadline]).0, ["error deadline"], "{notice:?}");
+        assert!(!exchange.answered(), "{notice:?}");
+    }
+}
+
+/// CONTINUE_AND_REPLACE: no reply to the body follows, whether or not it is replaced.
+#[test]
+fn last_reply_at_the_head_replaces_the_body_only_with_a_body() {
+    for mutation in unchanged() {
+        let last = || last_at_head(A, mutation.clone());
+        for (steps, expected, at) in [
+            (vec![last()], "10.0.0.1:1 original", 1),
+            (vec![Piece, kept(), End, last()], "10.0.0.1:1 original", 4),
+            (vec![Piece, last(), streamed("late", true), End], "10.0.0.1:1 original", 2),
+            // Earlier replies have replaced a part, or all.
+            (vec![End, streamed("new", false), last(), streamed("er", true)], "10.0.0.1:1 replaced newer", 4),
+            (vec![End, streamed("new", true), last()], "10.0.0.1:1 replaced new", 3),
+            (vec![End, body(Mutation::Body("ab".into())), last()], "10.0.0.1:1 replaced ab", 3),
+            (vec![Piece, body(Mutation::Body("ab".into())), last(), End, Closed], "error body_partial", 5),
+        ] {
+            let shown = format!("{steps:?}");
+            assert_eq!(run(&mut exchange(true, None), steps), (vec![expected.to_owned()], at), "{shown}");
+        }
+        assert_eq!(run(&mut exchange(false, None), vec![last()]).0, ["10.0.0.1:1 original"]);
+    }
+    for (mutation, rest, expected) in [
+        (Mutation::Body("all".into()), vec![], "10.0.0.1:1 replaced all"),
+        (Mutation::ClearBody(true), vec![], "10.0.0.1:1 replaced "),
+        (piece("all", true), vec![], "10.0.0.1:1 replaced all"),
+        (piece("al", false), vec![streamed("l", true)], "10.0.0.1:1 replaced all"),
+    ] {
+        let shown = format!("{mutation:?}");
+        let steps = [vec![Piece, last_at_head(A, mutated(mutation.clone()))], rest].concat();
+        assert_eq!(run(&mut exchange(true, None), steps).0, [expected], "{shown}");
+        if mutation != piece("al", false) {
+            let steps = vec![End, streamed("new", false), last_at_head(A, mutated(mutation))];
+            assert_eq!(run(&mut exchange(true, None), steps).0, ["error body_partial"], "{shown} after a piece");
+        }
+    }
+}
+
+/// An exchange whose answers are obeyed, after a decision and the head of a response.
+fn responding() -> Exchange {
+    let mut exchange = exchange(false, None);
+    run(&mut exchange, vec![head(A)]);
+    exchange.obey();
+    exchange.response_headers(http::StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false);
+    while exchange.next_message().is_some() {}
+    exchange
+}
+
+#[test]
+fn last_reply_at_the_response_head_replaces_or_declines_the_body() {
+    let whole = |text: &'static str| format!("{:?}", Answer::Whole(text.into()));
+    let mut rows = unchanged().map(|mutation| (mutation, "declined".to_owned())).to_vec();
+    rows.extend([
+        (mutated(Mutation::Body("all".into())), whole("all")),
+        (mutated(Mutation::ClearBody(true)), whole("")),
+        (mutated(piece("all", true)), whole("all")),
+        (mutated(piece("al", false)), format!("{:?}", Answer::Streamed("al".into(), false))),
+    ]);
+    for (mutation, expected) in rows {
+        let mut exchange = responding();
+        let found = run(&mut exchange, vec![last_at_response(&[("x-a", "1")], mutation.clone())]).0;
+        assert_eq!(found, ["response head 1", expected.as_str()]);
+        assert_eq!(
+            (exchange.declines_body(), exchange.replaces_body()),
+            (expected == "declined", expected != "declined")
+        );
+        exchange.response_body("more".into(), true);
+        assert!(!exchange.has_message(), "nothing more is sent: {mutation:?}");
+    }
+}
+
+/// The body of a head that is not applied, because it came too late or is too large.
+#[test]
+fn body_in_a_reply_to_the_head_needs_that_head() {
+    let many: Vec<String> = (0..10_000).map(|n| format!("x-{n}")).collect();
+    let many: Vec<_> = many.iter().map(|name| (name.as_str(), "1")).collect();
+    let without = format!("{:?}", Answer::WithoutHead);
+    for mutation in [Mutation::Body("all".into()), Mutation::ClearBody(true), piece("all", true), piece("al", false)] {
+        let last = |headers| last_at_response(headers, mutated(mutation.clone()));
+        let found = run(&mut responding(), vec![last(&many)]).0;
+        assert_eq!(found, ["excessive", without.as_str()], "{mutation:?}");
+        let first = reply(Response::ResponseHeaders(HeadersResponse::default()));
+        let found = run(&mut responding(), vec![first, last(&[])]).0;
+        assert_eq!(found, ["response head 0", "response head 0", without.as_str()], "{mutation:?}");
+        let mut gone = responding();
+        assert!(gone.awaits_head_reply());
+        gone.settle_head();
+        assert!(!gone.awaits_head_reply());
+        assert_eq!(run(&mut gone, vec![last(&[])]).0, ["response head 0", without.as_str()], "{mutation:?}");
     }
 }
 

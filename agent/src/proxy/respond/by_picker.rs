@@ -1,21 +1,27 @@
 //! Delivers a response whose body the EPP answers for (`response_to_picker = "body"`): the client gets what the EPP returns.
 //!
-//! The endpoint is read as fast as the EPP takes its body and the client takes the answers. A body with a length is held within a
-//! limit until it is complete, so that it goes out with its right length, and as it was if the EPP left it unchanged. If the EPP
-//! fails, a pool that fails open continues with what the EPP has not answered, if that is known; otherwise the response is broken off.
+//! The endpoint is read as fast as the EPP takes its body and the client takes the answers. The head is held until the EPP replies to
+//! it or answers for the body, a body with a length within a limit until it is complete, so that it goes out with its right length, and
+//! as it was if the EPP left it unchanged. If the EPP fails, a pool that fails open continues with what the EPP has not answered, if that is known; otherwise the response is broken off.
 
+mod held;
 mod out;
+mod trailing;
 
 use std::{cell::RefCell, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use penstock_common::path::Path;
-use penstock_proto::ext_proc::HeaderMutation;
-use ring::digest;
 
-use self::out::{OutQueue, write};
-use super::carry::{Aborted, Carried, aborted, frame};
+use self::{
+    held::{HeldBody, HeldHead},
+    out::{OutQueue, write},
+};
+use super::{
+    carry::{Aborted, Carried, aborted, frame},
+    head::{apply_reply, rename},
+};
 use crate::{
     budget::Budget,
     client::Client,
@@ -23,16 +29,12 @@ use crate::{
     deadline,
     deliver::{End, Sink},
     endpoint::body::{Piece, ResponseBody},
-    http::{
-        fields,
-        response::{BodyKind, ResponseHead},
-        trailers,
-    },
+    http::{fields, response::ResponseHead},
     kernel::socket::monotonic_ns,
     metrics::PoolMetrics,
     picker::{
-        client::{Heard, PickStream},
-        message, mutation,
+        client::{Heard, PickStream, ResponseReply},
+        message,
         returned::{Answer, DroppedCopy, Returned, UnusableAnswer},
     },
     proxy::request::Request,
@@ -56,6 +58,10 @@ const LAST_REPLIES: Duration = Duration::from_secs(30);
 
 /// A body on its way from the endpoint over the EPP to the client.
 struct Passage<'a> {
+    worker: &'a Worker,
+    request: &'a Request,
+    head: &'a mut ResponseHead,
+    held_head: HeldHead,
     body: &'a mut ResponseBody,
     /// `None` if the EPP answers no more: what comes goes out as it is.
     stream: &'a mut Option<PickStream>,
@@ -66,6 +72,8 @@ struct Passage<'a> {
     /// The trailers read so far, and all of them at the end of the endpoint's body.
     section: BytesMut,
     trailers: Option<HeaderMap>,
+    /// The EPP wants nothing of the body: what comes goes out as it is, though its stream goes on.
+    declined: bool,
     /// The EPP was sent the trailers, and its reply ends the response.
     shown: bool,
     /// The EPP replaced the body with its reply to the head. The endpoint's is read for its trailers alone.
@@ -74,20 +82,13 @@ struct Passage<'a> {
     broken: bool,
     /// The end has been put into `out`.
     ended: bool,
-    /// While the response is held.
+    /// While the body is held.
     held: Option<HeldBody>,
     memory: &'a Arc<Budget>,
     failure_mode: FailureMode,
     metrics: &'a PoolMetrics,
     idle: Option<Duration>,
     account: Account,
-}
-
-/// What tells whether the EPP left the body as it was.
-struct HeldBody {
-    original: digest::Context,
-    returned: digest::Context,
-    limit: usize,
 }
 
 /// Why a passage ended before its end.
@@ -112,7 +113,13 @@ pub(super) async fn deliver(
     let out = OutQueue::default();
     let pool = &worker.shared.config.pools[request.pool];
     let memory = &worker.shared.bodies.memory;
+    let awaits = stream.as_ref().is_some_and(PickStream::awaits_head_reply);
+    let held = HeldBody::of(head, limit);
     let mut passage = Passage {
+        worker,
+        request,
+        head,
+        held_head: if awaits { HeldHead::Awaited } else { HeldHead::Settled },
         body,
         stream,
         tee,
@@ -121,11 +128,12 @@ pub(super) async fn deliver(
         out: &out,
         section: BytesMut::new(),
         trailers: None,
+        declined: false,
         shown: false,
         replaced: false,
         broken: false,
         ended: false,
-        held: holds(head, limit),
+        held,
         memory,
         failure_mode: pool.failure_mode,
         metrics: worker.shared.metrics.pool(request.pool),
@@ -135,10 +143,10 @@ pub(super) async fn deliver(
     let (mut begun, mut keep_alive) = (false, false);
     let end = async {
         passage.hold(client).await?;
-        passage.release(head);
+        passage.release();
         begun = true;
         let (lead, coding, keeps) =
-            frame(worker, client, request, head, false).map_err(|_| PassageStop::End(End::ClientGone))?;
+            frame(worker, client, request, passage.head, false).map_err(|_| PassageStop::End(End::ClientGone))?;
         keep_alive = keeps;
         let mut to = Sink { client, lead, coding };
         let write = write(&mut to, &out);
@@ -163,14 +171,6 @@ pub(super) async fn deliver(
     Carried { end, account: passage.account, path: Path::Relay, reason: SteerReason::PickerBody, keep_alive, begun }
 }
 
-/// A body with a length within the limit is held, except for an event stream.
-fn holds(head: &ResponseHead, limit: usize) -> Option<HeldBody> {
-    let BodyKind::Length(length) = head.body else { return None };
-    let fits = !head.is_event_stream() && length <= limit as u64;
-    let digest = || digest::Context::new(&digest::SHA256);
-    fits.then(|| HeldBody { original: digest(), returned: digest(), limit })
-}
-
 /// What the EPP says; nothing any more without a stream.
 async fn heard(stream: &mut Option<PickStream>) -> Heard {
     match stream {
@@ -180,13 +180,13 @@ async fn heard(stream: &mut Option<PickStream>) -> Heard {
 }
 
 impl Passage<'_> {
-    /// Runs while the response is held, until it is complete or exceeds the limit.
+    /// Runs while the response is held: the head until the EPP says something, the body until it is complete or exceeds the limit.
     async fn hold(&mut self, client: &mut Client) -> Result<(), PassageStop> {
         let owes = |stream: &PickStream| stream.has_failed() && !stream.replaces_body();
         if self.stream.as_ref().is_some_and(owes) {
             self.lost(false)?;
         }
-        while self.held.is_some() && !self.ended {
+        while (self.held.is_some() || self.held_head == HeldHead::Awaited) && !self.ended {
             tokio::select! {
                 biased;
                 step = self.step() => step?,
@@ -197,18 +197,27 @@ impl Passage<'_> {
     }
 
     /// Makes the head fit what goes out.
-    fn release(&mut self, head: &mut ResponseHead) {
-        let Some(held) = self.held.take() else { return head.change_body() };
-        if self.replaced || held.original.finish().as_ref() != held.returned.finish().as_ref() {
-            head.change_body();
-            head.set_length(self.out.bytes.get() as u64);
+    fn release(&mut self) {
+        self.held_head = HeldHead::Settled;
+        if let Some(stream) = self.stream {
+            stream.settle_head();
         }
+        let Some(held) = self.held.take() else { return self.head.change_body() };
+        if self.replaced || held.differs() {
+            self.head.change_body();
+            self.head.set_length(self.out.bytes.get() as u64);
+        }
+    }
+
+    /// Whether the EPP answers for what is still to come.
+    fn is_asked(&self) -> bool {
+        self.stream.is_some() && !self.declined
     }
 
     /// Runs until something ends the response early.
     async fn run(&mut self) -> PassageStop {
         loop {
-            if self.broken && (self.stream.is_none() || self.returned.is_answered()) {
+            if self.broken && (!self.is_asked() || self.returned.is_answered()) {
                 self.break_off();
             }
             if self.ended {
@@ -263,8 +272,16 @@ impl Passage<'_> {
     }
 
     fn heard(&mut self, heard: Heard) -> Result<(), PassageStop> {
+        if self.held_head == HeldHead::Awaited && !matches!(heard, Heard::Sent | Heard::Head(_)) {
+            self.held_head = HeldHead::Unanswered;
+        }
         match heard {
             Heard::Sent => Ok(()),
+            Heard::Head(reply) => {
+                self.change_head(&reply);
+                Ok(())
+            }
+            Heard::Declined => self.declined(),
             Heard::Evicted(reply) => Err(PassageStop::Aborted(Aborted::Evicted(reply))),
             Heard::Closed => self.lost(true),
             Heard::Failed => self.lost(false),
@@ -290,6 +307,20 @@ impl Passage<'_> {
         }
     }
 
+    /// Applies the EPP's reply to the head, unless that is settled.
+    fn change_head(&mut self, reply: &ResponseReply) {
+        let before = std::mem::replace(&mut self.held_head, HeldHead::Settled);
+        if before == HeldHead::Settled {
+            return;
+        }
+        apply_reply(self.worker, self.request, self.head, reply);
+        self.request.apply_grant(&self.worker.shared.config, &mut self.head.headers);
+        if before == HeldHead::Awaited {
+            // Nothing of the body has gone through it.
+            self.rename = rename(self.request, self.head);
+        }
+    }
+
     /// Takes a piece of the endpoint's body.
     fn read(&mut self, piece: Piece) -> Result<(), PassageStop> {
         let rest = match piece {
@@ -301,7 +332,7 @@ impl Passage<'_> {
                     return Ok(());
                 }
                 if let Some(held) = &mut self.held {
-                    held.original.update(&data);
+                    held.original(&data);
                 }
                 self.tee.borrow_mut().take(&data);
                 loop {
@@ -326,13 +357,14 @@ impl Passage<'_> {
 
     /// Sends the rest of the body and the trailers. An EPP that does not reply to trailers is sent the body's end alone.
     fn send_last(&mut self, rest: Vec<Bytes>) {
-        let replies = self.stream.as_ref().is_some_and(PickStream::replies_to_trailers);
+        let replies = self.is_asked() && self.stream.as_ref().is_some_and(PickStream::replies_to_trailers);
         let trailers = self.trailers.as_ref().filter(|trailers| !trailers.is_empty() && replies).cloned();
         let last = rest.len();
         for (number, piece) in (1..).zip(rest) {
             self.send(piece, number == last && trailers.is_none());
         }
-        match (&mut *self.stream, trailers) {
+        let is_asked = self.is_asked();
+        match (self.stream.as_mut().filter(|_| is_asked), trailers) {
             (None, _) => self.end(),
             (Some(stream), Some(trailers)) => {
                 stream.give_trailers(&trailers);
@@ -343,38 +375,10 @@ impl Passage<'_> {
         }
     }
 
-    /// Whether the reply to the trailers is all that is missing.
-    fn owes_trailers_alone(&self) -> bool {
-        self.shown && self.stream.is_some() && self.returned.is_whole()
-    }
-
-    /// Remembers whether the EPP replies to trailers, if it was sent them.
-    fn note_trailers(&self, answered: bool) {
-        if let Some(stream) = self.stream.as_ref().filter(|_| self.shown) {
-            stream.note_trailers(answered);
-        }
-    }
-
-    /// Applies what the EPP changes in the trailers, and ends the response. `None` if that exceeds the limits.
-    fn change_trailers(&mut self, change: Option<&HeaderMutation>) -> Result<(), PassageStop> {
-        for piece in self.returned.end().map_err(|why| self.unusable(why))? {
-            self.put(&piece);
-        }
-        let mut changed = self.trailers.clone().unwrap_or_default();
-        let invalid = change.map(|change| mutation::apply(change, &mut changed));
-        if invalid.is_some() && trailers::check(&changed, false).is_ok() {
-            self.trailers = Some(changed);
-        } else {
-            self.metrics.epp_failed("mutation_too_large");
-            tracing::warn!("EPP's mutation of trailers exceeds the limits, not applied");
-        }
-        self.end();
-        Ok(())
-    }
-
     /// Sends a piece to the EPP, or past it.
     fn send(&mut self, mut piece: Bytes, end: bool) {
-        let Some(stream) = self.stream else { return self.put(&piece) };
+        let is_asked = self.is_asked();
+        let Some(stream) = self.stream.as_mut().filter(|_| is_asked) else { return self.put(&piece) };
         loop {
             let message = piece.split_to(piece.len().min(message::PIECE));
             let last = piece.is_empty();
@@ -408,14 +412,32 @@ impl Passage<'_> {
         }
         let piece = counted.unwrap_or_else(|uncounted| uncounted);
         if let Some(held) = &mut self.held {
-            held.returned.update(&piece);
+            held.returned(&piece);
         }
         self.out.add(piece);
     }
 
+    /// The EPP wants nothing of the body, and leaves it unchanged.
+    fn declined(&mut self) -> Result<(), PassageStop> {
+        let Some(rest) = self.returned.rest() else { return Err(self.broken_off()) };
+        self.declined = true;
+        self.pass(&rest);
+        Ok(())
+    }
+
+    /// What the EPP was sent and has not answered goes out as it is, and so does what comes.
+    fn pass(&mut self, rest: &[Bytes]) {
+        for piece in rest {
+            self.put(piece);
+        }
+        if self.trailers.is_some() {
+            self.end();
+        }
+    }
+
     /// The EPP ended the stream, with status OK (`clean`) or not, or does not answer.
     fn lost(&mut self, clean: bool) -> Result<(), PassageStop> {
-        if self.replaced {
+        if self.replaced || self.declined {
             // It owes nothing.
             *self.stream = None;
             return Ok(());
@@ -428,12 +450,7 @@ impl Passage<'_> {
         self.metrics.epp_body_unanswered("continued");
         // Its stream must not end as if it had got the whole body.
         *self.stream = None;
-        for piece in rest {
-            self.put(&piece);
-        }
-        if self.trailers.is_some() {
-            self.end();
-        }
+        self.pass(&rest);
         Ok(())
     }
 

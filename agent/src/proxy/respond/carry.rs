@@ -268,7 +268,7 @@ fn answers_for_body(worker: &Worker, request: &Request, head: &ResponseHead, pic
     let config::Picker::Epp(settings) = &worker.shared.config.pools[request.pool].picker else { return None };
     let stream = picked.stream.as_ref()?;
     let is_wanted = settings.response_to_picker == ResponseToPicker::Body && head.upgrade.is_none();
-    let answers = !stream.is_closed() || stream.replaces_body();
+    let answers = !stream.wants_no_more() || stream.replaces_body();
     (is_wanted && answers).then_some(settings.response_queue_bytes)
 }
 

@@ -56,36 +56,41 @@ pub(super) async fn apply_epp(
             worker.shared.metrics.pool(request.pool).epp_head_reply(reply.label());
         }
         match reply {
-            ResponseReply::Mutation(Some(change)) => {
-                let status = head.status;
-                mutation::apply_to_response(&change, &mut head.status, &mut head.headers);
-                if head.status != status {
-                    head.status.canonical_reason().unwrap_or_default().clone_into(&mut head.reason);
-                }
-            }
-            ResponseReply::Mutation(None) => {}
-            ResponseReply::Excessive => {
-                worker.shared.metrics.pool(request.pool).epp_failed("mutation_too_large");
-                tracing::warn!(
-                    pool = worker.shared.config.pools[request.pool].name,
-                    "EPP's response mutation exceeds the limits, not applied"
-                );
-            }
-            ResponseReply::Evicted(reply) => {
-                return Ok(Applied::Evicted(reply));
-            }
+            ResponseReply::Evicted(reply) => return Ok(Applied::Evicted(reply)),
+            reply => apply_reply(worker, request, head, &reply),
         }
         // An empty body can be replaced, if the response may have one.
         let replaced = stream.replaces_body() && head.body != BodyKind::None;
         tee = wanted.filter(|_| !ended || replaced).map(RefCell::new);
         if let Some(tee) = &tee
-            && stream.is_closed()
+            && stream.wants_no_more()
         {
             // The EPP wants no more of this response.
             tee.borrow_mut().untold();
         }
     }
     Ok(Applied::Respond(tee))
+}
+
+/// Applies the EPP's reply to the head.
+pub(super) fn apply_reply(worker: &Worker, request: &Request, head: &mut ResponseHead, reply: &ResponseReply) {
+    match reply {
+        ResponseReply::Mutation(Some(change)) => {
+            let status = head.status;
+            mutation::apply_to_response(change, &mut head.status, &mut head.headers);
+            if head.status != status {
+                head.status.canonical_reason().unwrap_or_default().clone_into(&mut head.reason);
+            }
+        }
+        ResponseReply::Excessive => {
+            worker.shared.metrics.pool(request.pool).epp_failed("mutation_too_large");
+            tracing::warn!(
+                pool = worker.shared.config.pools[request.pool].name,
+                "EPP's response mutation exceeds the limits, not applied"
+            );
+        }
+        ResponseReply::Mutation(None) | ResponseReply::Evicted(_) => {}
+    }
 }
 
 /// What restores the client's model name in the body; `None` if the EPP did not change it or the body cannot be read.

@@ -33,6 +33,10 @@ pub enum ResponseReply {
 pub enum Heard {
     /// Every message has left.
     Sent,
+    /// The EPP replied to the head.
+    Head(ResponseReply),
+    /// The EPP wants nothing of the body, and leaves it unchanged.
+    Declined,
     Answer(Answer),
     /// The EPP replied to the trailers. `None` if its mutation exceeds the limits and is not applied.
     Trailers(Option<HeaderMutation>),
@@ -45,7 +49,8 @@ pub enum Heard {
 
 impl PickStream {
     /// Sends the head of the response from `served`, and waits at most `wait` for the EPP's mutation. Does not wait if `wait` is
-    /// `None` or the EPP is known to be silent about heads. If it is cancelled, the head is still sent and the reply is lost.
+    /// `None` or the EPP is known to be silent about heads. If it is cancelled, the head is still sent and the reply is lost. A later
+    /// reply is returned by [`heard`](Self::heard).
     pub async fn response_headers(
         &mut self,
         status: http::StatusCode,
@@ -70,6 +75,10 @@ impl PickStream {
                     }
                     Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => {
                         return Poll::Ready(ResponseReply::Evicted(reply));
+                    }
+                    Some(Ok(event @ (Event::ResponseBody(_) | Event::ResponseTrailers(_)))) => {
+                        self.exchange.put_back(event);
+                        return Poll::Ready(ResponseReply::Mutation(None));
                     }
                     Some(_) => {}
                     None => return Poll::Ready(ResponseReply::Mutation(None)),
@@ -123,9 +132,19 @@ impl PickStream {
         .await
     }
 
-    /// Whether the EPP has ended the stream with status OK.
-    pub fn is_closed(&self) -> bool {
-        matches!(self.channel, Channel::Over) && !self.failed
+    /// Whether the EPP wants nothing more of the response: it has ended the stream with status OK, or declined the body.
+    pub fn wants_no_more(&self) -> bool {
+        matches!(self.channel, Channel::Over) && !self.failed || self.exchange.declines_body()
+    }
+
+    /// Whether the EPP may still reply to the response's head, which has not gone out.
+    pub fn awaits_head_reply(&self) -> bool {
+        !matches!(self.channel, Channel::Over) && self.exchange.awaits_head_reply()
+    }
+
+    /// The response's head goes out.
+    pub fn settle_head(&mut self) {
+        self.exchange.settle_head();
     }
 
     /// Whether the stream was lost, or the EPP ended it with an error.
@@ -181,7 +200,12 @@ impl PickStream {
                     Some(Ok(Event::ResponseBody(answer))) => return Poll::Ready(Heard::Answer(answer)),
                     Some(Ok(Event::ResponseTrailers(change))) => return Poll::Ready(Heard::Trailers(change)),
                     Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => return Poll::Ready(Heard::Evicted(reply)),
-                    Some(Ok(Event::ResponseHead(_))) => self.silence.late(Instant::now()),
+                    Some(Ok(Event::ResponseHead(mutation))) => {
+                        self.silence.late(Instant::now());
+                        return Poll::Ready(Heard::Head(ResponseReply::Mutation(Some(mutation))));
+                    }
+                    Some(Ok(Event::Excessive)) => return Poll::Ready(Heard::Head(ResponseReply::Excessive)),
+                    Some(Ok(Event::ResponseDeclined)) => return Poll::Ready(Heard::Declined),
                     Some(_) => {}
                     None if self.failed => return Poll::Ready(Heard::Failed),
                     None => return Poll::Ready(Heard::Closed),

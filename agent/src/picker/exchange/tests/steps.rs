@@ -58,14 +58,14 @@ pub(super) fn no_pick() -> Step {
 }
 
 pub(super) fn body(mutation: Mutation) -> Step {
-    let body_mutation = Some(BodyMutation { mutation: Some(mutation) });
+    let body_mutation = mutated(mutation);
     reply(Response::RequestBody(BodyResponse {
         response: Some(CommonResponse { body_mutation, ..Default::default() }),
     }))
 }
 
-pub(super) fn streamed(piece: &'static str, end_of_stream: bool) -> Step {
-    body(Mutation::StreamedResponse(StreamedBodyResponse { body: piece.into(), end_of_stream }))
+pub(super) fn streamed(text: &'static str, end_of_stream: bool) -> Step {
+    body(piece(text, end_of_stream))
 }
 
 pub(super) fn kept() -> Step {
@@ -82,23 +82,46 @@ pub(super) fn unknown() -> Step {
     Reply(Box::new(ProcessingResponse::decode(&[0x5a, 0][..]).unwrap()))
 }
 
-pub(super) fn more_time() -> Step {
-    let override_message_timeout = Some(prost_types::Duration { seconds: 1, nanos: 0 });
-    Reply(Box::new(ProcessingResponse { override_message_timeout, ..Default::default() }))
+/// Messages without a reply that tell something else: fields 8, 9, 10, 12, 15 and 16 of ProcessingResponse.
+pub(super) fn notices() -> [Step; 6] {
+    let fields: [&[u8]; 6] = [&[0x42, 0], &[0x4a, 2, 0x18, 1], &[0x52, 2, 8, 1], &[0x60, 1], &[0x78, 1], &[0x80, 1, 1]];
+    fields.map(|field| Reply(Box::new(ProcessingResponse::decode(field).unwrap())))
 }
 
 pub(super) fn trailers() -> Step {
     reply(Response::RequestTrailers(TrailersResponse::default()))
 }
 
+/// A reply to the head of the request that picks `list`, and after which none to the body comes.
+pub(super) fn last_at_head(list: &str, mutation: Option<BodyMutation>) -> Step {
+    reply(Response::RequestHeaders(HeadersResponse { response: Some(last(&[(message::DESTINATION, list)], mutation)) }))
+}
+
 pub(super) fn replace_at_head(list: &str, whole: &'static str) -> Step {
-    let response = Some(CommonResponse {
-        status: ResponseStatus::ContinueAndReplace.into(),
-        header_mutation: mutation(&[(message::DESTINATION, list)]),
-        body_mutation: Some(BodyMutation { mutation: Some(Mutation::Body(whole.into())) }),
-        ..Default::default()
-    });
-    reply(Response::RequestHeaders(HeadersResponse { response }))
+    last_at_head(list, mutated(Mutation::Body(whole.into())))
+}
+
+/// A reply to the head of the response, after which none to the body comes.
+pub(super) fn last_at_response(headers: &[(&str, &str)], mutation: Option<BodyMutation>) -> Step {
+    reply(Response::ResponseHeaders(HeadersResponse { response: Some(last(headers, mutation)) }))
+}
+
+fn last(headers: &[(&str, &str)], body_mutation: Option<BodyMutation>) -> CommonResponse {
+    let status = ResponseStatus::ContinueAndReplace.into();
+    CommonResponse { status, header_mutation: mutation(headers), body_mutation, ..Default::default() }
+}
+
+pub(super) fn mutated(mutation: Mutation) -> Option<BodyMutation> {
+    Some(BodyMutation { mutation: Some(mutation) })
+}
+
+pub(super) fn piece(piece: &'static str, end_of_stream: bool) -> Mutation {
+    Mutation::StreamedResponse(StreamedBodyResponse { body: piece.into(), end_of_stream })
+}
+
+/// The mutations of a body that are none.
+pub(super) fn unchanged() -> [Option<BodyMutation>; 3] {
+    [None, Some(BodyMutation::default()), mutated(Mutation::ClearBody(false))]
 }
 
 pub(super) fn request() -> http::request::Parts {
@@ -136,6 +159,7 @@ pub(super) fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, us
                 Err(error) => format!("error {}", error.reason()),
                 Ok(Event::ResponseHead(mutation)) => format!("response head {}", mutation.set_headers.len()),
                 Ok(Event::Excessive) => "excessive".to_owned(),
+                Ok(Event::ResponseDeclined) => "declined".to_owned(),
                 Ok(Event::ResponseTrailers(_)) => "trailers".to_owned(),
                 Ok(Event::ResponseBody(answer)) => format!("{answer:?}"),
                 Ok(Event::Outcome(Outcome::Immediate(reply))) => format!("immediate {}", reply.status.as_u16()),
