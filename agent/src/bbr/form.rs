@@ -60,7 +60,9 @@ pub enum FormError {
 
 impl FormScanner {
     /// For a request with this Content-Type; `None` unless it is a form with a valid boundary.
-    pub fn new(content_type: &str) -> Option<Self> {
+    pub fn new(content_type: &[u8]) -> Option<Self> {
+        // One character for each byte, so that a boundary is found whatever its encoding.
+        let content_type: String = content_type.iter().map(|&byte| char::from(byte)).collect();
         let (essence, parameters) = content_type.split_once(';')?;
         if !essence.trim().eq_ignore_ascii_case("multipart/form-data") {
             return None;
@@ -68,10 +70,11 @@ impl FormScanner {
         let boundaries: Vec<String> =
             all_parameters(parameters).filter(|(name, _)| name == "boundary").map(|(_, value)| value).collect();
         let [boundary] = &boundaries[..] else { return None };
-        let is_boundary = (1..=MAX_BOUNDARY).contains(&boundary.len()) && boundary.bytes().all(|byte| byte >= b' ');
+        let boundary: Vec<u8> = boundary.chars().filter_map(|character| u8::try_from(character).ok()).collect();
+        let is_boundary = (1..=MAX_BOUNDARY).contains(&boundary.len()) && boundary.iter().all(|byte| *byte >= b' ');
         // The first delimiter has no CRLF before it.
         let start = || Self {
-            delimiter: [b"\r\n--", boundary.as_bytes()].concat(),
+            delimiter: [b"\r\n--", &boundary[..]].concat(),
             state: FormState::Content,
             pending: BytesMut::from(&b"\r\n"[..]),
             names_model: false,
@@ -179,9 +182,12 @@ fn names_model(fields: &[u8]) -> Result<bool, FormError> {
         .map(|(_, value)| value.split_once(';').unwrap_or((value, "")))
         .map(|(kind, parameters)| (kind.trim(), all_parameters(parameters).collect()))
         .collect();
-    let is_name = |name: &str| name == "name" || name == "name*";
-    let mut names = dispositions.iter().flat_map(|(_, parameters)| parameters).filter(|(name, _)| is_name(name));
-    if !names.any(|(_, value)| value.ends_with("model")) {
+    let may_be_model = |(name, value): &(String, String)| match name.as_str() {
+        "name" => value == "model",
+        "name*" => extended(value) == b"model",
+        _ => false,
+    };
+    if !dispositions.iter().flat_map(|(_, parameters)| parameters).any(may_be_model) {
         return Ok(false);
     }
     let [(kind, parameters)] = &dispositions[..] else { return Err(FormError::Ambiguous) };
@@ -213,6 +219,23 @@ fn all_parameters(mut parameters: &str) -> impl Iterator<Item = (String, String)
         parameters = after;
         Some((name, value))
     })
+}
+
+/// The bytes of an extended value, which may follow the names of a charset and a language (RFC 8187 §3.2.1).
+fn extended(value: &str) -> Vec<u8> {
+    let mut encoded = value.rsplit('\'').next().unwrap_or_default().as_bytes();
+    let mut bytes = Vec::with_capacity(encoded.len());
+    while let [first, rest @ ..] = encoded {
+        let hex = |digit: u8| char::from(digit).to_digit(16);
+        let decoded = match encoded {
+            [b'%', high, low, after @ ..] => hex(*high).zip(hex(*low)).map(|(high, low)| (high * 16 + low, after)),
+            _ => None,
+        };
+        let (byte, after) = decoded.map_or((*first, rest), |(byte, after)| (byte as u8, after));
+        bytes.push(byte);
+        encoded = after;
+    }
+    bytes
 }
 
 /// The text of a quoted string, and what follows its closing quote.

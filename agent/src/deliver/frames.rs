@@ -125,7 +125,7 @@ impl Frames<'_> {
                 piece = self.body.next(&mut trailers) => piece,
                 () = self.to.client.gone() => return End::ClientGone,
                 () = idle.as_mut() => return End::Idle,
-                comment = due => match self.send(comment).await {
+                comment = due => match self.comment(comment).await {
                     // The endpoint has sent nothing: its time goes on.
                     Ok(()) => continue,
                     Err(end) => return end,
@@ -166,16 +166,31 @@ impl Frames<'_> {
 
     /// Sends a piece to the client.
     async fn send(&mut self, data: Bytes) -> Result<(), End> {
-        if let Some(keepalive) = &mut self.keepalive {
-            keepalive.sent(&data);
-        }
+        let data = match &mut self.keepalive {
+            Some(keepalive) => {
+                let data = keepalive.take(data);
+                keepalive.sent(&data);
+                data
+            }
+            None => data,
+        };
         self.to.data(data).await
+    }
+
+    async fn comment(&mut self, comment: Bytes) -> Result<(), End> {
+        if let Some(keepalive) = &mut self.keepalive {
+            keepalive.commented();
+        }
+        self.to.data(comment).await
     }
 
     async fn end(&mut self, trailers: HeaderMap) -> Result<(), End> {
         if let Some(rename) = &mut self.rename {
             let rest = rename.end();
             self.send(rest).await?;
+        }
+        if let Some(rest) = self.keepalive.as_mut().map(SseKeepalive::rest) {
+            self.to.data(rest).await?;
         }
         self.to.end(trailers).await
     }

@@ -12,6 +12,8 @@ use crate::http::{
 
 /// A comment with the blank line that ends it.
 const COMMENT: &[u8] = b":\n\n";
+/// The byte order mark that may begin an event stream, and nothing else.
+const MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Follows what a client gets of an event stream.
 #[derive(Debug)]
@@ -23,6 +25,8 @@ pub struct SseKeepalive {
     end: [u8; 4],
     /// Nothing was sent.
     is_new: bool,
+    /// After a comment at the beginning: how much of a byte order mark the endpoint has sent, which is left out.
+    mark: Option<usize>,
 }
 
 impl SseKeepalive {
@@ -32,7 +36,38 @@ impl SseKeepalive {
         let fits =
             head.upgrade.is_none() && is_open && media::is_events(&head.headers) && !media::is_coded(&head.headers);
         let every = every.filter(|_| fits)?;
-        Some(Self { every, last: Instant::now(), end: [0; 4], is_new: true })
+        Some(Self { every, last: Instant::now(), end: [0; 4], is_new: true, mark: None })
+    }
+
+    /// A comment is sent.
+    pub fn commented(&mut self) {
+        if self.is_new {
+            self.mark = Some(0);
+        }
+        self.sent(COMMENT);
+    }
+
+    /// Takes the endpoint's next bytes, and returns those to send: without a byte order mark that a comment has come before. There it
+    /// would be a part of the first event.
+    pub fn take(&mut self, data: Bytes) -> Bytes {
+        let Some(seen) = self.mark else { return data };
+        let rest = &MARK[seen..];
+        let same = data.iter().zip(rest).take_while(|(byte, expected)| byte == expected).count();
+        if same == rest.len() {
+            self.mark = None;
+            return data.slice(same..);
+        }
+        if same == data.len() {
+            self.mark = Some(seen + same);
+            return Bytes::new();
+        }
+        self.mark = None;
+        if seen == 0 { data } else { [&MARK[..seen], &data].concat().into() }
+    }
+
+    /// The beginning of a byte order mark that did not come to its end.
+    pub fn rest(&mut self) -> Bytes {
+        Bytes::from_static(&MARK[..self.mark.take().unwrap_or_default()])
     }
 
     /// These bytes were sent to the client.
@@ -65,7 +100,7 @@ mod tests {
     use super::*;
 
     fn new() -> SseKeepalive {
-        SseKeepalive { every: Duration::from_secs(1), last: Instant::now(), end: [0; 4], is_new: true }
+        SseKeepalive { every: Duration::from_secs(1), last: Instant::now(), end: [0; 4], is_new: true, mark: None }
     }
 
     #[test]
@@ -88,6 +123,34 @@ mod tests {
             whole.sent(sent.as_bytes());
             sent.bytes().for_each(|byte| parts.sent(&[byte]));
             assert_eq!((whole.is_between_events(), parts.is_between_events()), (expected, expected), "{sent:?}");
+        }
+    }
+
+    #[test]
+    fn byte_order_mark_after_a_comment_is_left_out() {
+        for (sent, expected) in [
+            (&b"\xef\xbb\xbfdata: a\n\n"[..], &b"data: a\n\n"[..]),
+            (b"\xef\xbb\xbf\xef\xbb\xbfdata", b"\xef\xbb\xbfdata"),
+            (b"\xef\xbbdata", b"\xef\xbbdata"),
+            (b"data: \xef\xbb\xbf", b"data: \xef\xbb\xbf"),
+            (b"\xef\xbb", b"\xef\xbb"),
+            (b"", b""),
+        ] {
+            for piece in 1..=sent.len().max(1) {
+                let (mut commented, mut plain) = (new(), new());
+                commented.commented();
+                let (mut with, mut without) = (Vec::new(), Vec::new());
+                for piece in sent.chunks(piece) {
+                    with.extend_from_slice(&commented.take(Bytes::copy_from_slice(piece)));
+                    without.extend_from_slice(&plain.take(Bytes::copy_from_slice(piece)));
+                }
+                with.extend_from_slice(&commented.rest());
+                without.extend_from_slice(&plain.rest());
+                assert_eq!((&with[..], &without[..]), (expected, sent), "in pieces of {piece}");
+                // A later comment changes nothing.
+                commented.commented();
+                assert_eq!(&commented.take(Bytes::from_static(MARK))[..], MARK);
+            }
         }
     }
 

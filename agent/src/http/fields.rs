@@ -119,7 +119,8 @@ fn hint_fields(hint: ClientHint) -> &'static [&'static str] {
     }
 }
 
-/// Whether an EPP's mutation may set or remove the field. The others are computed by the agent, or belong to one connection.
+/// Whether an EPP's mutation may set or remove the field. The others are computed by the agent, say that the agent itself answers, or
+/// belong to one connection.
 pub fn may_be_mutated(name: &HeaderName) -> bool {
     let protected = [
         header::HOST,
@@ -129,6 +130,7 @@ pub fn may_be_mutated(name: &HeaderName) -> bool {
         header::UPGRADE,
         header::TE,
         header::TRAILER,
+        X_PENSTOCK_REASON,
         HeaderName::from_static("keep-alive"),
         HeaderName::from_static("proxy-connection"),
         HeaderName::from_static("http2-settings"),

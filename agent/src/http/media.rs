@@ -1,20 +1,25 @@
 //! What the head of a message says of its body's format.
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderValue, header};
 
 use super::coding::Codings;
 
 pub const EVENTS: &str = "text/event-stream";
 pub const JSON: &str = "application/json";
 
-/// The field Content-Type; empty if the message has none.
-pub fn content_type(headers: &HeaderMap) -> &str {
-    headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default()
+/// The field Content-Type; empty if the message has none. Its parameters may have any bytes.
+pub fn content_type(headers: &HeaderMap) -> &[u8] {
+    headers.get(header::CONTENT_TYPE).map_or(b"", HeaderValue::as_bytes)
 }
 
 /// The media type (RFC 9110 §8.3.1) as written, without parameters; empty if the message has no such field.
 fn essence(headers: &HeaderMap) -> &str {
-    content_type(headers).split(';').next().unwrap_or_default().trim()
+    std::str::from_utf8(without_parameters(content_type(headers))).unwrap_or_default()
+}
+
+/// What is before the first `;`.
+fn without_parameters(value: &[u8]) -> &[u8] {
+    value.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii()
 }
 
 /// The media type in lower case, without parameters; empty if the message names no type.
@@ -38,13 +43,36 @@ pub fn is_json(media_type: &str) -> bool {
 
 /// Whether a request names event streams among what it accepts (RFC 9110 §12.5.1).
 pub fn accepts_events(headers: &HeaderMap) -> bool {
-    let fields = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let fields = headers.get_all(header::ACCEPT).iter().map(HeaderValue::as_bytes);
     fields
-        .flat_map(|field| field.split(','))
-        .any(|range| range.split(';').next().is_some_and(|range| range.trim().eq_ignore_ascii_case(EVENTS)))
+        .flat_map(|field| field.split(|byte| *byte == b','))
+        .any(|range| without_parameters(range).eq_ignore_ascii_case(EVENTS.as_bytes()))
 }
 
 /// Whether the body has a content coding.
 pub fn is_coded(headers: &HeaderMap) -> bool {
     !Codings::of(headers).is_plain()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bytes of a parameter do not hide the type.
+    #[test]
+    fn type_is_known_whatever_bytes_its_parameters_have() {
+        for parameter in [&b""[..], b"; charset=utf-8", b"; x=\xe9", b" ; x=\"\xc3\xa9\"", b";x=\xff\xfe"] {
+            let headers = |name, kind: &str| {
+                let value = HeaderValue::from_bytes(&[kind.as_bytes(), parameter].concat()).unwrap();
+                HeaderMap::from_iter([(name, value)])
+            };
+            assert_eq!(media_type(&headers(header::CONTENT_TYPE, "Application/JSON")), JSON, "{parameter:?}");
+            assert!(is_events(&headers(header::CONTENT_TYPE, "Text/Event-Stream")), "{parameter:?}");
+            assert!(accepts_events(&headers(header::ACCEPT, "a/b, Text/Event-Stream")), "{parameter:?}");
+            assert!(!accepts_events(&headers(header::ACCEPT, "a/b, text/event-stream2")), "{parameter:?}");
+        }
+        let headers =
+            HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_bytes(b"text/\xe9; a=b").unwrap())]);
+        assert_eq!((media_type(&headers), content_type(&headers)), (String::new(), &b"text/\xe9; a=b"[..]));
+    }
 }

@@ -4,6 +4,16 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header};
 
 use super::{date, fields};
+use crate::text::cut;
+
+/// The field with a gRPC client's status.
+pub const GRPC_STATUS: &str = "grpc-status";
+const GRPC_MESSAGE: &str = "grpc-message";
+/// The last status that gRPC defines.
+const LAST_STATUS: u8 = 16;
+/// Longest message for a gRPC client in bytes, before it is encoded, which makes it three times as long at most: clients refuse answers
+/// with more than 8 KiB of fields.
+const LONGEST: usize = 1024;
 
 #[derive(Debug, Clone)]
 pub struct Reply {
@@ -45,7 +55,8 @@ impl Reply {
     }
 
     /// Converts the answer for a gRPC client, which reads the status from head fields without a body ("Trailers-Only").
-    /// Statuses map as in gRPC's http-grpc-status-mapping.
+    /// Statuses map as in gRPC's http-grpc-status-mapping. A status and a message that the answer already has in its fields are kept, if
+    /// they are valid.
     #[must_use]
     pub fn grpc(self, message: &str) -> Self {
         let code = match self.status.as_u16() {
@@ -58,9 +69,11 @@ impl Reply {
         };
         let mut headers = self.headers;
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        headers.insert("grpc-status", HeaderValue::from(code));
-        if let Ok(message) = HeaderValue::from_str(&percent_encoded(message)) {
-            headers.insert("grpc-message", message);
+        let own = headers.get(GRPC_STATUS).filter(|own| is_grpc_status(own.as_bytes())).cloned();
+        headers.insert(GRPC_STATUS, own.unwrap_or_else(|| HeaderValue::from(code)));
+        let own = headers.get(GRPC_MESSAGE).filter(|own| is_grpc_message(own.as_bytes())).cloned();
+        if let Some(message) = own.or_else(|| HeaderValue::from_str(&percent_encoded(&cut(message, LONGEST))).ok()) {
+            headers.insert(GRPC_MESSAGE, message);
         }
         Self { status: StatusCode::OK, headers, body: Bytes::new() }
     }
@@ -85,6 +98,17 @@ impl Reply {
     fn is_bodiless(&self) -> bool {
         self.status == StatusCode::NO_CONTENT || self.status == StatusCode::NOT_MODIFIED
     }
+}
+
+/// Whether this is a status in decimal digits, without zeros before it.
+fn is_grpc_status(value: &[u8]) -> bool {
+    let number: Option<u8> = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
+    number.is_some_and(|number| number <= LAST_STATUS && number.to_string().as_bytes() == value)
+}
+
+/// Whether this is an encoded message that is not too long.
+fn is_grpc_message(value: &[u8]) -> bool {
+    value.len() <= 3 * LONGEST && value.iter().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
 /// gRPC's encoding of a status message: printable ASCII except `%` is literal.
@@ -162,6 +186,40 @@ mod tests {
         assert_eq!(reply.headers["grpc-status"], "14");
         assert_eq!(reply.headers["grpc-message"], "100 %25 gone%0A");
         assert_eq!(reply.headers["retry-after"], "1");
+    }
+
+    #[test]
+    fn grpc_status_and_message_of_the_answer_itself_are_kept_if_valid() {
+        let long = "x".repeat(3 * LONGEST + 1);
+        for (status, message, expected) in [
+            ("12", "nope", ("12", "nope")),
+            ("0", "a%20b", ("0", "a%20b")),
+            // 429 is UNAVAILABLE.
+            ("17", "nope", ("14", "nope")),
+            ("", "nope", ("14", "nope")),
+            ("04", &long, ("14", "said")),
+            ("-1", "caf\u{e9}", ("14", "said")),
+        ] {
+            let fields = [("grpc-status", status), ("grpc-message", message)];
+            let headers = fields.map(|(name, value)| {
+                (HeaderName::from_static(name), HeaderValue::from_bytes(value.as_bytes()).unwrap())
+            });
+            let headers = HeaderMap::from_iter(headers);
+            let reply = Reply { status: StatusCode::TOO_MANY_REQUESTS, headers, body: Bytes::new() }.grpc("said");
+            let found = ["grpc-status", "grpc-message"].map(|name| reply.headers[name].to_str().unwrap().to_owned());
+            assert_eq!((found[0].as_str(), found[1].as_str()), expected, "{status} {message}");
+            assert_eq!(reply.headers.len(), 3, "{status} {message}");
+        }
+    }
+
+    #[test]
+    fn grpc_message_is_bounded() {
+        for message in ["a".repeat(20_000), "\u{20ac}".repeat(7000), "a".repeat(LONGEST)] {
+            let reply = Reply { status: StatusCode::BAD_REQUEST, headers: HeaderMap::new(), body: Bytes::new() };
+            let sent = reply.grpc(&message).headers["grpc-message"].len();
+            assert!(sent <= 3 * LONGEST + 100, "{sent}");
+            assert_eq!(sent == message.len(), message.len() <= LONGEST, "{sent}");
+        }
     }
 
     #[test]

@@ -7,7 +7,11 @@ use super::request::{AfterRequest, Request};
 use crate::{
     client::Client,
     error::{Error, Manner},
-    http::{headers, reply::Reply, request::RequestBody},
+    http::{
+        headers,
+        reply::{GRPC_STATUS, Reply},
+        request::RequestBody,
+    },
     picker::{exchange::ImmediateReply, mutation},
     upload::Upload,
     worker::Worker,
@@ -88,7 +92,7 @@ pub(super) async fn send_immediate(
         let message = String::from_utf8_lossy(&reply.body).into_owned();
         sent = sent.grpc(&message);
         if let Some(code) = reply.grpc_status {
-            sent.headers.insert("grpc-status", HeaderValue::from(code));
+            sent.headers.insert(GRPC_STATUS, HeaderValue::from(code));
         }
     }
     client.reply(&request.parts.method, &sent, keep_alive).await.map_err(|_| Error::ClientGone)?;

@@ -172,6 +172,25 @@ async fn immediate_reply_may_name_its_grpc_status() {
     assert_eq!(client.request(&Request::post("/test.Model/Unary", "x")).await.unwrap().status(), 429);
 }
 
+#[tokio::test]
+async fn immediate_reply_may_name_its_grpc_status_in_fields() {
+    let fields = [("grpc-status", "12"), ("grpc-message", "not here")];
+    let refusing = move |_: &[_]| Answering::new(move |_| vec![reply::immediate(200, &fields, "other")]);
+    let scene = Scene::with(Front::Http2, Back::Http2, refusing, |_| {}).await;
+    assert_failed(&scene.request(&call("/test.Model/Unary", b"x")).await, Code::Unimplemented, "not here");
+}
+
+/// The gRPC library of the client refuses fields that are too long.
+#[tokio::test]
+async fn long_immediate_reply_has_a_bounded_grpc_message() {
+    let refusing = |_: &[_]| Answering::new(|_| vec![reply::immediate(429, &[], &"\u{20ac}".repeat(7000))]);
+    let scene = Scene::with(Front::Http2, Back::Http2, refusing, |_| {}).await;
+    let response = scene.request(&call("/test.Model/Unary", b"x")).await;
+    assert_eq!(response.header("grpc-status"), Some("14"));
+    let message = response.header("grpc-message").unwrap();
+    assert!(message.starts_with("%E2%82%AC") && message.len() < 4096, "{} bytes", message.len());
+}
+
 /// An agent in front of a picker as its endpoint: a gRPC server based on tonic.
 async fn before_a_picker() -> (TestAgent, ScriptedEpp, Channel) {
     let server = ScriptedEpp::start(LlmdRouter::new(&[([192, 0, 2, 1], 80).into()])).await.unwrap();

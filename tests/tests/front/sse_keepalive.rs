@@ -71,6 +71,18 @@ async fn body(agent: &TestAgent, front: Front) -> (String, BodyEnd) {
 
 const EVENTS: &str = "content-type: text/event-stream\r\n";
 
+/// At the beginning it has no meaning to the client; after a comment it would be a part of the first field's name.
+#[tokio::test]
+async fn byte_order_mark_does_not_follow_a_comment() {
+    let address = silent(EVENTS, &["\u{feff}data: a\n\n", "data: \u{feff}b\n\n"]).await;
+    for front in [Front::Http1, Front::Http2] {
+        let agent = agent(address, SteeringMode::Auto, |_| {});
+        let (body, _) = body(&agent, front).await;
+        assert!(body.starts_with(":\n\n"), "{body:?}");
+        assert_eq!(body.replace(":\n\n", ""), "data: a\n\ndata: \u{feff}b\n\n", "{front:?}");
+    }
+}
+
 #[tokio::test]
 async fn comments_come_only_between_events() {
     // Nothing is said in the middle of the second event, which comes in two pieces.

@@ -45,6 +45,35 @@ async fn immediate_reply_status_fields_and_body_reach_client() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
+/// The field says that the agent itself answered, and why.
+#[tokio::test]
+async fn picker_cannot_set_the_reason_of_the_agent() {
+    const REASON: &[(&str, &str)] =
+        &[("x-penstock-reason", "no_route"), ("X-Penstock-Reason", "no_route"), ("x-why", "1")];
+    let mut stage = Stage::new(|_| Answering::new(|_| vec![reply::immediate(429, REASON, "later")])).await;
+    let response = stage.request(&echo("{}")).await;
+    let fields = (response.header("x-penstock-reason"), response.header("x-why"));
+    assert_eq!((response.status(), fields), (429, (None, Some("1"))));
+
+    struct Marking(String);
+    #[tonic::async_trait]
+    impl Script for Marking {
+        async fn request_headers(&self, exchange: &mut Exchange, _headers: &HttpHeaders) -> Answer {
+            exchange.send(reply::pick(&self.0, REASON)).await
+        }
+
+        async fn response_headers(&self, exchange: &mut Exchange, _headers: &HttpHeaders) -> Answer {
+            exchange.send(reply::response_headers(REASON)).await
+        }
+    }
+    let mut stage = Stage::new(|all| Marking(all[0].to_string())).await;
+    let response = stage.request(&echo("")).await;
+    let fields = (response.header("x-penstock-reason"), response.header("x-why"));
+    assert_eq!(fields, (None, Some("1")));
+    let seen = response.echoed();
+    assert_eq!((seen.header("x-penstock-reason"), seen.header("x-why")), (None, Some("1")));
+}
+
 /// E5, E11: an immediate reply reaches the client in a pool that fails open too.
 #[tokio::test]
 async fn immediate_reply_in_open_pool_is_not_a_failure() {

@@ -84,6 +84,21 @@ async fn model_of_a_form_and_of_a_query_reaches_picker_and_endpoint() {
 }
 
 /// A header would name another model: white space around a value is not part of it.
+/// Whatever bytes the parameters of the type have.
+#[tokio::test]
+async fn parameters_of_the_type_do_not_hide_the_model() {
+    let mut stage = Stage::new(first).await;
+    let form = "--b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nm\r\n--b--\r\n";
+    for (kind, body) in [
+        ("application/json; x=\u{e9}", r#"{"model":"m"}"#),
+        ("multipart/form-data; boundary=b; x=\u{e9}", form),
+        ("multipart/form-data; x=\"\u{e9}\"; boundary=b", form),
+    ] {
+        let seen = stage.request(&Request::post("/test/echo", body).header("content-type", kind)).await.echoed();
+        assert_eq!(seen.header(MODEL), Some("m"), "{kind}");
+    }
+}
+
 #[tokio::test]
 async fn model_with_white_space_around_it_has_no_header() {
     let mut stage = Stage::new(first).await;

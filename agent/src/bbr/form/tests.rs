@@ -13,7 +13,7 @@ fn form(parts: &[(&str, &str)]) -> String {
 }
 
 fn scanned(content_type: &str, body: &[u8], piece: usize) -> Result<Option<String>, FormError> {
-    let mut scanner = FormScanner::new(content_type).expect("a form");
+    let mut scanner = FormScanner::new(content_type.as_bytes()).expect("a form");
     body.chunks(piece).try_for_each(|piece| scanner.feed(piece))?;
     Ok(scanner.model().map(str::to_owned))
 }
@@ -116,7 +116,7 @@ fn content_type_has_to_be_a_form_with_a_boundary() {
         "multipart/form-data; boundary=b; boundary=b-1",
         &format!("multipart/form-data; boundary={}", "b".repeat(MAX_BOUNDARY + 1)),
     ] {
-        assert!(FormScanner::new(wrong).is_none(), "{wrong}");
+        assert!(FormScanner::new(wrong.as_bytes()).is_none(), "{wrong}");
     }
     let body = form(&[("Content-Disposition: form-data; name=\"model\"", "w")]);
     for right in ["Multipart/Form-Data;Boundary=\"b-1\"", "multipart/form-data; charset=utf-8; boundary=b-1 ; a=b"] {
@@ -150,5 +150,44 @@ proptest! {
         let fields = "Content-Disposition: form-data; name=\"file\"; filename=\"f\"";
         let body = form(&[(fields, &content), ("Content-Disposition: form-data; name=\"model\"", "w")]);
         prop_assert_eq!(scanned(TYPE, body.as_bytes(), piece), Ok(Some("w".to_owned())));
+    }
+}
+
+/// A part of another name may have whatever parameters it wants.
+#[test]
+fn extended_parameters_of_other_parts_are_no_doubt() {
+    let part = |parameters: &str| form(&[(&format!("Content-Disposition: form-data; {parameters}"), "w")]);
+    for other in [
+        "name=\"x_model\"; filename*=utf-8\'\'a.wav",
+        "name=\"base-model\"; filename=\"a\"; filename*=utf-8\'\'a",
+        "name*=utf-8\'\'x_model",
+        "name=\"a\"; filename*=utf-8\'\'model",
+        "name*=utf-8\'en\'%6dodels",
+    ] {
+        assert_eq!(model(&part(other)), Ok(None), "{other}");
+    }
+    for doubtful in [
+        "name=\"model\"; filename*=utf-8\'\'a.wav",
+        "name=\"x_model\"; name*=utf-8\'\'model",
+        "name*=utf-8\'en\'model",
+        "name*=utf-8\'\'%6Dode%6c",
+        "name*=model",
+    ] {
+        assert_eq!(model(&part(doubtful)), Err(FormError::Ambiguous), "{doubtful}");
+    }
+}
+
+#[test]
+fn boundary_is_found_whatever_bytes_the_type_has() {
+    for (kind, boundary) in [
+        (&b"multipart/form-data; boundary=b-1; x=\xe9"[..], &b"b-1"[..]),
+        (b"multipart/form-data; x=\"\xc3\xa9\"; boundary=b-1", b"b-1"),
+        (b"multipart/form-data; boundary=\xe9", b"\xe9"),
+        (b"multipart/form-data; boundary=\xc3\xa9", b"\xc3\xa9"),
+    ] {
+        let mut scanner = FormScanner::new(kind).expect("a form");
+        let part = b"\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nw\r\n--";
+        scanner.feed(&[&b"--"[..], boundary, part, boundary, b"--\r\n"].concat()).unwrap();
+        assert_eq!(scanner.model(), Some("w"), "{kind:?}");
     }
 }
