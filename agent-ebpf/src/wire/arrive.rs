@@ -218,4 +218,4 @@ fn addresses(skb: *mut __sk_buff, route: &Route, ends: &Ends) -> Option<()> {
     if errors == 0 { Some(()) } else { None }
 }
 
-const _: () = assert!(size_of::<Flow>() == 552);
+const _: () = assert!(size_of::<Flow>() == 568);

@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use penstock_common::wire::{
     flow::Ends,
-    judge::{Leaving, leave},
+    judge::{Leaving, OwnPacket, leave},
 };
 
 use crate::{
@@ -44,8 +44,10 @@ fn run(skb: *mut __sk_buff) -> Option<i32> {
     let flow = flow(index)?;
     // SAFETY: the kernel passed this context.
     let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
+    let header = &scratch.header;
+    let packet = OwnPacket { cookie, ack: header.ack(), window: header.window(), flags: header.flags(), interface };
     let mut programs = Programs { skb, index, payload: 0 };
-    match leave(flow, leg, cookie, scratch.header.flags(), interface, &mut programs) {
+    match leave(flow, leg, &packet, &mut programs) {
         Leaving::Pass => None,
         Leaving::Drop => Some(TCX_DROP),
         Leaving::Forget => {

@@ -1,4 +1,4 @@
-//! The memory that the agent and the kernel program share about one flow of path `wire`: 552 bytes in an array map.
+//! The memory that the agent and the kernel program share about one flow of path `wire`: 568 bytes in an array map.
 //!
 //! The agent fills in a record before it makes both connections' addresses known to the program, and stores [`Flow::state`] last.
 //! From then on fields change by whole words. Numbers of a leg are those that the peer of this leg uses.
@@ -8,7 +8,7 @@ use crate::{tail::TAIL, word::Word};
 
 /// Version of what agents leave to each other: the layout of [`Flow`], and the keys and values of the maps. Increase it with every
 /// change, so that no agent reads a record as what it is not.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The index of the leg to the client.
 pub const CLIENT: usize = 0;
@@ -129,8 +129,12 @@ pub struct Leg {
     pub highest: Word,
     /// `1 << 32 |` the highest sequence number that the peer has acknowledged.
     pub told: Word,
-    /// The end of the peer's receive window, as a sequence number of what it receives.
+    /// The end of the window that this peer's sender has been told, as a sequence number of what the peer receives: by the peer
+    /// itself, and before the flow began by the agent.
     pub offered: Word,
+    /// `1 << 32 |` the end of the window that the agent has offered to the peer, as a sequence number of what the peer sends; 0: none
+    /// seen.
+    pub granted: Word,
     /// `1 << 32 |` the sequence number after the peer's FIN; 0: none arrived.
     pub fin: Word,
     /// Not 0: the other peer has acknowledged that FIN.
@@ -193,7 +197,7 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Ends>() == 36 && size_of::<Facts>() == 88);
-const _: () = assert!(size_of::<Leg>() == 88 + 17 * 8 && size_of::<Flow>() == 552);
+const _: () = assert!(size_of::<Leg>() == 88 + 18 * 8 && size_of::<Flow>() == 568);
 
 impl Leg {
     /// The sequence number after everything that the peer has sent, with its FIN.

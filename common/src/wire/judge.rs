@@ -178,25 +178,38 @@ pub enum Leaving {
     Forget,
 }
 
-/// Decides on a packet of this machine that leaves under a leg's addresses by `interface`. `cookie` is that of the socket that sends
-/// it. Rewritten packets are not asked about.
+/// A packet of this machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OwnPacket {
+    /// Cookie of the socket that sends it.
+    pub cookie: u64,
+    /// Its acknowledgement number, which counts with [`ACK`].
+    pub ack: u32,
+    /// The window field, not scaled.
+    pub window: u16,
+    /// [`FIN`], [`SYN`], [`RST`], [`ACK`] and others.
+    pub flags: u8,
+    /// The interface by which it leaves.
+    pub interface: u32,
+}
+
+/// Decides on a packet that leaves under a leg's addresses. Rewritten packets are not asked about.
 #[inline(always)]
-pub fn leave<K: WireKernel>(
-    flow: &Flow,
-    leg: usize,
-    cookie: u64,
-    flags: u8,
-    interface: u32,
-    kernel: &mut K,
-) -> Leaving {
+pub fn leave<K: WireKernel>(flow: &Flow, leg: usize, packet: &OwnPacket, kernel: &mut K) -> Leaving {
     let word = kernel.load_acquire(&flow.state);
     let leg = &flow.legs[leg & 1];
-    let own = cookie == leg.facts.cookie;
+    let own = packet.cookie == leg.facts.cookie;
+    let flags = packet.flags;
     match state::of(word) {
         state::WATCHED | state::ARMED => {
-            // A packet passes an upper device, such as a bond or a VLAN, before the one below it, and routes name the upper one.
-            if own && leg.leaves_on.get() == 0 {
-                leg.leaves_on.set(u64::from(interface));
+            if own {
+                // A packet passes an upper device, such as a bond or a VLAN, before the one below it, and routes name the upper one.
+                if leg.leaves_on.get() == 0 {
+                    leg.leaves_on.set(u64::from(packet.interface));
+                }
+                if flags & ACK != 0 {
+                    raise(&leg.granted, edge(packet.ack, packet.window, leg.facts.own_scale as u8));
+                }
             }
             Leaving::Pass
         }
@@ -220,14 +233,14 @@ fn watch(leg: &Leg, packet: &Packet) {
     raise(&leg.highest, end);
     if packet.flags & ACK != 0 {
         raise(&leg.told, packet.ack);
-        raise(&leg.offered, edge(packet, leg.facts.peer_scale as u8));
+        raise(&leg.offered, edge(packet.ack, packet.window, leg.facts.peer_scale as u8));
     }
 }
 
 /// The end of the window that a packet offers.
 #[inline(always)]
-fn edge(packet: &Packet, scale: u8) -> u32 {
-    packet.ack.wrapping_add(u32::from(packet.window) << (scale & 15))
+fn edge(ack: u32, window: u16, scale: u8) -> u32 {
+    ack.wrapping_add(u32::from(window) << (scale & 15))
 }
 
 /// Sets a sequence number unless the word has a later one.
@@ -307,9 +320,14 @@ fn agree<K: WireKernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> u64 {
         scale_in: endpoint.facts.peer_scale as u8,
         scale_out: client.facts.own_scale as u8,
     });
-    for (leg, socket) in [(client, &to_client), (endpoint, &to_endpoint)] {
+    for (leg, socket, other) in [(client, &to_client, endpoint), (endpoint, &to_endpoint, client)] {
         leg.highest.set(KNOWN | u64::from(socket.rcv_nxt));
         leg.told.set(KNOWN | u64::from(socket.snd_nxt));
+        // What has left in the agent's larger window may find that of the receiver opened so far, and be accepted.
+        let granted = other.granted.get();
+        if granted & KNOWN != 0 {
+            raise(&leg.offered, (granted as u32).wrapping_add(other.shift().seq));
+        }
     }
     refusal::NONE
 }
@@ -322,10 +340,9 @@ fn carry<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut 
     add(&mine.packets, 1);
     flow.packet_ns.set(packet.now_ns);
     let end = packet.seq.wrapping_add(packet.payload);
-    // A receiver takes a segment that begins in its window (RFC 9293 §3.10.7.4), Linux also what of it is beyond.
+    // A receiver takes a segment that begins in its window (RFC 9293 §3.10.7.4), Linux also what of it is beyond, and a FIN directly
+    // after it.
     let (begins, offered) = (packet.seq.wrapping_add(shift.seq), other.offered.get() as u32);
-    // Until the sender has heard of the receiver's window, it uses the agent's, which may be larger: Linux takes a large segment that
-    // begins in its window as a whole, and a FIN directly after it, before the program sees an acknowledgement.
     let is_next = from == ENDPOINT && packet.seq == mine.highest.get() as u32;
     let acceptable = is_next || offered.wrapping_sub(begins) as i32 >= i32::from(packet.payload > 0);
     // A FIN has a number, but it is not a byte's.
@@ -447,7 +464,7 @@ fn acknowledge<K: WireKernel>(flow: &Flow, mine: &Leg, other: &Leg, packet: &Pac
         return;
     }
     raise(&mine.told, packet.ack);
-    raise(&mine.offered, edge(packet, shift.scale_in));
+    raise(&mine.offered, edge(packet.ack, packet.window, shift.scale_in));
     let is_fin = fin & KNOWN != 0 && acked == fin as u32 && highest.wrapping_add(1) == fin as u32;
     if is_fin && other.closed.get() == 0 {
         other.closed.set(1);

@@ -6,7 +6,7 @@ mod scene;
 use penstock_common::wire::{
     flow::{CLIENT, ENDPOINT, Ends, mark, state},
     header::{ACK, FIN, RST, SYN, Shift},
-    judge::{Leaving, Packet, Verdict, arrive, refusal},
+    judge::{Leaving, OwnPacket, Packet, Verdict, arrive, refusal},
     quoted::{Quoted, as_sent},
 };
 use proptest::prelude::*;
@@ -231,6 +231,48 @@ fn segments_beyond_the_clients_window_are_counted_in_order_with_their_fin() {
     scene.client_sends(Scene::packet(client, to_client + 135_011, FIN | ACK, 0));
     scene.endpoint_sends(Scene::packet(endpoint + 135_011, to_endpoint + 1, ACK, 0));
     assert_eq!(scene.state(), state::ENDED);
+}
+
+/// The endpoint fills the window that the agent has offered to it, which is larger than the client's. The client opens its own before
+/// the bytes arrive there, and takes them.
+#[test]
+fn bytes_in_the_agents_window_count_wherever_the_client_has_opened_its_own() {
+    let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
+    for late_segment in [false, true] {
+        let mut scene = Scene::armed(NUMBERS);
+        let own = scene.own_ack(ENDPOINT);
+        // 512 000 bytes; the client offers 128 000. A later packet with less takes nothing back, and another socket's says nothing.
+        for packet in [
+            OwnPacket { window: 1000, ..own },
+            OwnPacket { window: 900, ..own },
+            OwnPacket { window: 2000, cookie: 7, ..own },
+            OwnPacket { window: 2000, flags: RST, ..own },
+        ] {
+            assert_eq!(scene.leaves(ENDPOINT, &packet), Leaving::Pass);
+        }
+        scene.endpoint_sends(scene.data(0, 10));
+        let mut segments = vec![(10, 100_000), (100_010, 200_000), (300_010, 100_000)];
+        if late_segment {
+            segments.swap(0, 2);
+        }
+        let fin = Scene::packet(endpoint + 400_010, to_endpoint, FIN | ACK, 0);
+        if late_segment {
+            scene.endpoint_sends(fin);
+        }
+        for (at, payload) in segments {
+            scene.endpoint_sends(scene.data(at, payload));
+        }
+        if !late_segment {
+            scene.endpoint_sends(fin);
+        }
+        assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), 400_010);
+        // Beyond both windows is nothing that the endpoint would send.
+        scene.endpoint_sends(scene.data(600_000, 10));
+        assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), 400_010);
+        scene.client_sends(Scene::packet(client, to_client + 400_011, FIN | ACK, 0));
+        scene.endpoint_sends(Scene::packet(endpoint + 400_011, to_endpoint + 1, ACK, 0));
+        assert_eq!((scene.flow.legs[ENDPOINT].closed.get(), scene.state()), (1, state::ENDED));
+    }
 }
 
 #[test]

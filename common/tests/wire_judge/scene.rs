@@ -6,7 +6,7 @@ use penstock_common::{
     wire::{
         flow::{CLIENT, ENDPOINT, Facts, Flow, state},
         header::ACK,
-        judge::{Leaving, Packet, Socket, Verdict, WireKernel, arrive, leave},
+        judge::{Leaving, OwnPacket, Packet, Socket, Verdict, WireKernel, arrive, leave},
     },
 };
 
@@ -177,7 +177,17 @@ impl Scene {
     }
 
     pub(crate) fn leave(&mut self, leg: usize, cookie: u64, flags: u8) -> Leaving {
-        leave(&self.flow, leg, cookie, flags, 9, &mut self.kernel)
+        self.leaves(leg, &OwnPacket { cookie, flags, interface: 9, ..self.own_ack(leg) })
+    }
+
+    pub(crate) fn leaves(&mut self, leg: usize, packet: &OwnPacket) -> Leaving {
+        leave(&self.flow, leg, packet, &mut self.kernel)
+    }
+
+    /// What the agent's socket acknowledges when the flow begins, with a window of no bytes.
+    pub(crate) fn own_ack(&self, leg: usize) -> OwnPacket {
+        let ack = if leg == CLIENT { self.numbers.client } else { self.numbers.endpoint };
+        OwnPacket { cookie: leg as u64 + 1, ack, window: 0, flags: ACK, interface: 9 }
     }
 
     pub(crate) fn state(&self) -> u64 {
