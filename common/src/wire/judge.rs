@@ -347,11 +347,13 @@ fn carry<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut 
     let acceptable = is_next || offered.wrapping_sub(begins) as i32 >= i32::from(packet.payload > 0);
     // A FIN has a number, but it is not a byte's.
     let known = if packet.payload > 0 { mine.highest.get() as u32 } else { mine.sent() };
-    if from == CLIENT && after(end, known) {
-        return beyond(flow, packet, acceptable, kernel);
-    }
-    if packet.flags & ACK != 0 {
+    let is_beyond = from == CLIENT && after(end, known);
+    // Also if it has overtaken a FIN. Of a packet that the endpoint does not get or take, nothing counts.
+    if packet.flags & ACK != 0 && (!is_beyond || acceptable && packet.payload == 0) {
         acknowledge(flow, mine, other, packet, &shift, kernel);
+    }
+    if is_beyond {
+        return beyond(flow, packet, acceptable, kernel);
     }
     if packet.payload > 0 && acceptable {
         if let Some(before) = advance(&mine.highest, end, kernel) {
@@ -443,15 +445,8 @@ fn beyond<K: WireKernel>(flow: &Flow, packet: &Packet, acceptable: bool, kernel:
         reset(flow, CLIENT, kernel);
         return Verdict::Reset;
     }
-    // What the client acknowledges counts, with the last sequence number that the endpoint knows.
-    if packet.payload > 0 { Verdict::Drop } else { acknowledged_only(flow, packet, kernel) }
-}
-
-#[inline(always)]
-fn acknowledged_only<K: WireKernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> Verdict {
-    let (mine, other) = (&flow.legs[CLIENT], &flow.legs[ENDPOINT]);
-    acknowledge(flow, mine, other, packet, &mine.shift(), kernel);
-    Verdict::Acknowledge
+    // What the client acknowledges passes with the last sequence number that the endpoint knows.
+    if packet.payload > 0 { Verdict::Drop } else { Verdict::Acknowledge }
 }
 
 /// Learns what the peer of `mine` has acknowledged, and whether that ends the flow.

@@ -162,6 +162,32 @@ fn acknowledgements_of_a_client_that_has_closed_count() {
     assert_eq!(scene.state(), state::ENDED);
 }
 
+/// Whatever order the last packets of two peers that close at the same time arrive in, the flow ends.
+#[test]
+fn overtaken_fins_end_the_flow() {
+    let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
+    let from_client =
+        [Scene::packet(client, to_client + 10, FIN | ACK, 0), Scene::packet(client + 1, to_client + 11, ACK, 0)];
+    let from_endpoint = [
+        Scene::packet(endpoint + 10, to_endpoint, FIN | ACK, 0),
+        Scene::packet(endpoint + 11, to_endpoint + 1, ACK, 0),
+    ];
+    // An acknowledgement (in lower case) comes after the other peer's FIN, and may overtake the FIN of its own sender.
+    for order in ["ECec", "ECce", "EcCe", "CEec", "CEce", "CeEc"] {
+        let mut scene = Scene::begun(NUMBERS);
+        for one in order.chars() {
+            let verdict = match one {
+                'C' => scene.client_sends(from_client[0]),
+                'c' => scene.client_sends(from_client[1]),
+                'E' => scene.endpoint_sends(from_endpoint[0]),
+                _ => scene.endpoint_sends(from_endpoint[1]),
+            };
+            assert_eq!(verdict, Verdict::Forward);
+        }
+        assert_eq!(scene.state(), state::ENDED, "{order}");
+    }
+}
+
 #[test]
 fn forged_ends_change_nothing() {
     let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;

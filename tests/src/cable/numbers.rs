@@ -109,15 +109,21 @@ impl Numbers {
         is_reset
     }
 
-    /// Chooses the numbers of a new connection's sender. A repeated SYN changes nothing.
+    /// Chooses the numbers of a sender at its first connection. Later ones under the same addresses follow in time, as TCP wants them to
+    /// (RFC 9293 §3.4.1, RFC 6191): otherwise a peer in TIME-WAIT takes the SYN for an old one.
     fn begin(&mut self, segment: &Segment<'_>, (from, to): Direction, random: &mut Random) {
         self.scales.extend(segment.scale());
         let first = segment.seq();
-        if self.senders.get(&(from, to)).is_some_and(|sender| sender.first == first && !sender.is_reset) {
+        if let Some(sender) = self.senders.get_mut(&(from, to)) {
+            if std::mem::replace(&mut sender.first, first) != first {
+                sender.is_reset = false;
+                if !segment.has_ack()
+                    && let Some(other) = self.senders.get_mut(&(to, from))
+                {
+                    other.is_reset = false;
+                }
+            }
             return;
-        }
-        if !segment.has_ack() {
-            self.senders.remove(&(to, from));
         }
         let below =
             |most, now: u32, random: &mut Random| 0u32.wrapping_sub(random.below(most) as u32).wrapping_sub(now);
@@ -183,6 +189,27 @@ mod tests {
             assert!(!is_reset);
         }
         assert!(numbers.wraps == 1 && numbers.jumps > 3, "{} {}", numbers.wraps, numbers.jumps);
+    }
+
+    /// The next connection under the same addresses: its numbers are later ones, and what the peer still says about the one before is
+    /// understood.
+    #[test]
+    fn numbers_of_the_next_connection_are_later() {
+        let (mut numbers, mut random) = (Numbers::new(BOTH), Random::new(3));
+        let syn = Packet { seq: 77, flags: 2, stamps: Some((1000, 0)), ..Packet::default() };
+        let (first, _) = pass(&mut numbers, &syn, &mut random);
+        let answer = Packet { seq: 5, ack: first.seq.wrapping_add(1), flags: 18, ..syn.back() };
+        let answer = Packet { stamps: Some((9, first.stamps.unwrap().0)), ..answer };
+        pass(&mut numbers, &answer, &mut random);
+        let again = Packet { seq: 70_077, stamps: Some((6000, 0)), ..syn };
+        let (second, _) = pass(&mut numbers, &again, &mut random);
+        assert_eq!(second.seq.wrapping_sub(first.seq), 70_000);
+        assert!(!is_before(second.stamps.unwrap().0, first.stamps.unwrap().0.wrapping_add(5000)));
+        let old = Packet { seq: 6, ack: first.seq.wrapping_add(500), flags: 16, ..answer };
+        let (told, _) = pass(&mut numbers, &old, &mut random);
+        assert_eq!(told.ack, 77 + 500);
+        let reset = Packet { seq: told.ack, flags: 4, stamps: None, ..syn };
+        assert_eq!(pass(&mut numbers, &reset, &mut random).0.seq, old.ack);
     }
 
     #[test]
