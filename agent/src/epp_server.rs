@@ -38,7 +38,10 @@ use penstock_proto::{
 use tokio::{net::TcpListener, sync::oneshot, time::timeout};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use crate::{config::Ejection, endpoint::set::EndpointSet, picker::builtin::BuiltinPicker, reserve};
+use crate::{
+    config::Ejection, endpoint::set::EndpointSet, http::frame_heads::MAX_FRAME_ERRORS, picker::builtin::BuiltinPicker,
+    reserve,
+};
 pub use bounds::EppServerLimits;
 pub use tls::client_ca;
 
@@ -153,7 +156,7 @@ fn server(limits: &EppServerLimits) -> Server {
         .max_concurrent_streams(u32::try_from(limits.streams).unwrap_or(u32::MAX))
         // Envoy ends its streams with RST_STREAM, so bursts of those are normal and not an attack.
         .http2_max_pending_accept_reset_streams(Some(65_536))
-        .http2_max_local_error_reset_streams(None)
+        .http2_max_local_error_reset_streams(Some(MAX_FRAME_ERRORS))
         // Prompts are long, and each time that the window is full costs a round trip.
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(16 << 20)

@@ -14,7 +14,7 @@ pub fn eventually(deadline: Duration, condition: impl FnMut() -> bool) -> impl F
 }
 
 /// Like [`eventually`]; returns false if the condition does not hold in time.
-pub(crate) async fn within(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
+pub async fn within(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let begin = Instant::now();
     while !condition() {
         if begin.elapsed() >= deadline {

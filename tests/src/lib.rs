@@ -49,7 +49,7 @@ pub use collector::{CollectedSpan, Collector, CollectorBehaviour};
 pub use content::{Alphabet, Checker};
 pub use decoder::{Decoder, Framed};
 pub use dns_server::DnsServer;
-pub use eventually::eventually;
+pub use eventually::{eventually, within};
 pub use http2_client::Http2Client;
 pub use http2_server::{Http2Options, Http2Server};
 pub use model_server::{ModelServer, Plan};

@@ -9,6 +9,7 @@ use bytes::{Buf as _, BytesMut};
 use memchr::memmem;
 
 use super::MAX_MODEL;
+use crate::http::media::without_parameters;
 
 /// Maximum length of a boundary, in bytes. RFC 2046 §5.1.1 allows 70, and servers more.
 const MAX_BOUNDARY: usize = 256;
@@ -61,12 +62,12 @@ pub enum FormError {
 impl FormScanner {
     /// For a request with this Content-Type; `None` unless it is a form with a valid boundary.
     pub fn new(content_type: &[u8]) -> Option<Self> {
-        // One character for each byte, so that a boundary is found whatever its encoding.
-        let content_type: String = content_type.iter().map(|&byte| char::from(byte)).collect();
-        let (essence, parameters) = content_type.split_once(';')?;
-        if !essence.trim().eq_ignore_ascii_case("multipart/form-data") {
+        if !without_parameters(content_type).eq_ignore_ascii_case(b"multipart/form-data") {
             return None;
         }
+        // One character for each byte, so that a boundary is found whatever its encoding.
+        let content_type: String = content_type.iter().map(|&byte| char::from(byte)).collect();
+        let (_, parameters) = content_type.split_once(';')?;
         let boundaries: Vec<String> =
             all_parameters(parameters).filter(|(name, _)| name == "boundary").map(|(_, value)| value).collect();
         let [boundary] = &boundaries[..] else { return None };
@@ -205,15 +206,17 @@ fn names_model(fields: &[u8]) -> Result<bool, FormError> {
 /// The parameters, with names in lower case and values without quotes and backslashes before characters (RFC 9110 §5.6.6). A quote
 /// that is not closed ends the list.
 fn all_parameters(mut parameters: &str) -> impl Iterator<Item = (String, String)> {
+    // Of bytes beyond ASCII, some are white space as characters.
+    const SPACE: [char; 2] = [' ', '\t'];
     std::iter::from_fn(move || {
         let (name, rest) = parameters.split_once('=')?;
-        let name = name.rsplit(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        let rest = rest.trim_start();
+        let name = name.rsplit(';').next().unwrap_or_default().trim_matches(SPACE).to_ascii_lowercase();
+        let rest = rest.trim_start_matches(SPACE);
         let (value, after) = match rest.strip_prefix('"') {
             Some(quoted) => unquoted(quoted)?,
             None => {
                 let (value, after) = rest.split_once(';').unwrap_or((rest, ""));
-                (value.trim().to_owned(), after)
+                (value.trim_matches(SPACE).to_owned(), after)
             }
         };
         parameters = after;

@@ -39,7 +39,7 @@ use crate::{
     },
     config::Config,
     deadline::with_deadline,
-    http::{head::HeadLimits, request::from_http2},
+    http::{frame_heads::MAX_FRAME_ERRORS, head::HeadLimits, request::from_http2},
     kernel::socket,
     proxy::{self, Panicked, RefusedHead},
     room::IdleState,
@@ -254,8 +254,8 @@ async fn handshake(
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(DATA_FRAMES)
         .max_pending_accept_reset_streams(PENDING_RESETS)
-        // Counted by `Traffic`, whose budget refills.
-        .max_local_error_reset_streams(None)
+        // `Traffic` ends the connection for wrong requests long before, but does not count frames on streams that are over.
+        .max_local_error_reset_streams(Some(MAX_FRAME_ERRORS))
         .handshake(io);
     with_deadline(head_limit(config).map(|limit| begun + limit), handshake).await
 }

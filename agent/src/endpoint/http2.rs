@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     deadline::{self, with_deadline},
-    http::{head::HeadLimits, trailers},
+    http::{frame_heads::MAX_FRAME_ERRORS, head::HeadLimits, trailers},
     kernel::socket,
 };
 
@@ -249,7 +249,7 @@ async fn connect(address: SocketAddr, times: ConnectionTimeouts, heads: HeadLimi
         .max_header_list_size(heads.header_list())
         .max_concurrent_reset_streams(RESET_STREAMS)
         // The connection carries other requests than those whose responses are wrong or late.
-        .max_local_error_reset_streams(None)
+        .max_local_error_reset_streams(Some(MAX_FRAME_ERRORS))
         .max_send_buffer_size(SEND_BUFFER)
         .handshake(wire)
         .await

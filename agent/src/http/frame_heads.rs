@@ -6,6 +6,10 @@ use std::collections::VecDeque;
 /// Length of the client's connection preface (RFC 9113 §3.4), in bytes.
 pub const PREFACE: usize = 24;
 
+/// Most streams that h2 resets on one connection because their frames are wrong or late, before it ends the connection. While the peer
+/// does not read, each is a queued frame.
+pub const MAX_FRAME_ERRORS: usize = 1 << 16;
+
 pub mod kind {
     pub const DATA: u8 = 0;
     pub const HEADERS: u8 = 1;

@@ -18,7 +18,7 @@ fn essence(headers: &HeaderMap) -> &str {
 }
 
 /// What is before the first `;`.
-fn without_parameters(value: &[u8]) -> &[u8] {
+pub fn without_parameters(value: &[u8]) -> &[u8] {
     value.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii()
 }
 

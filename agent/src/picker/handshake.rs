@@ -25,7 +25,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{address::ReplicaAddress, gathered::gathered};
-use crate::http::empty_data::WithoutEmptyData;
+use crate::http::{empty_data::WithoutEmptyData, frame_heads::MAX_FRAME_ERRORS};
 
 /// Bytes of replies that a stream may send before they are read. A replaced body of the common sizes waits for no window update.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -186,7 +186,7 @@ async fn open(
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
         // The connection carries other requests than those whose replies are wrong or late.
-        .max_local_error_reset_streams(None)
+        .max_local_error_reset_streams(Some(MAX_FRAME_ERRORS))
         .max_concurrent_reset_streams(RESET_STREAMS)
         .handshake(io)
         .await

@@ -188,8 +188,9 @@ impl Returned {
 
     /// What has no answer, if it is known. The EPP answers no more.
     pub fn rest(&mut self) -> Option<Vec<Bytes>> {
-        let copy = self.copy.take().filter(|_| self.matched)?;
-        Some(copy.into())
+        let copy = self.copy.take();
+        self.drop_copy();
+        copy.filter(|_| self.matched).map(Into::into)
     }
 
     fn drop_copy(&mut self) {

@@ -129,11 +129,11 @@ pub struct Leg {
     pub highest: Word,
     /// `1 << 32 |` the highest sequence number that the peer has acknowledged.
     pub told: Word,
-    /// The end of the window that this peer's sender has been told, as a sequence number of what the peer receives: by the peer
-    /// itself, and before the flow began by the agent.
+    /// The end of the window that this peer's sender has been told, as a sequence number of what the peer receives: by the peer, and
+    /// of the client's also by the agent before the flow began.
     pub offered: Word,
     /// `1 << 32 |` the end of the window that the agent has offered to the peer, as a sequence number of what the peer sends; 0: none
-    /// seen.
+    /// seen. Counts on the leg to the endpoint.
     pub granted: Word,
     /// `1 << 32 |` the sequence number after the peer's FIN; 0: none arrived.
     pub fin: Word,

@@ -320,14 +320,15 @@ fn agree<K: WireKernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> u64 {
         scale_in: endpoint.facts.peer_scale as u8,
         scale_out: client.facts.own_scale as u8,
     });
-    for (leg, socket, other) in [(client, &to_client, endpoint), (endpoint, &to_endpoint, client)] {
+    for (leg, socket) in [(client, &to_client), (endpoint, &to_endpoint)] {
         leg.highest.set(KNOWN | u64::from(socket.rcv_nxt));
         leg.told.set(KNOWN | u64::from(socket.snd_nxt));
-        // What has left in the agent's larger window may find that of the receiver opened so far, and be accepted.
-        let granted = other.granted.get();
-        if granted & KNOWN != 0 {
-            raise(&leg.offered, (granted as u32).wrapping_add(other.shift().seq));
-        }
+    }
+    // What the endpoint has sent in the agent's larger window may find the client's opened so far, and be accepted. The client sends
+    // nothing that counts.
+    let granted = endpoint.granted.get();
+    if granted & KNOWN != 0 {
+        raise(&client.offered, (granted as u32).wrapping_add(endpoint.shift().seq));
     }
     refusal::NONE
 }
@@ -379,7 +380,8 @@ fn carry<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut 
         let at_receiver = packet.seq.wrapping_add(shift.seq) == other.told.get() as u32;
         // A closed socket answers bytes that crossed with its FIN by a reset with the FIN's own number, and Linux takes it
         // (`tcp_reset_check`).
-        let at_fin = mine.fin.get() != 0 && packet.seq.wrapping_add(1) == mine.fin.get() as u32;
+        let is_after_all = mine.highest.get() as u32 == packet.seq;
+        let at_fin = is_after_all && mine.fin.get() != 0 && packet.seq.wrapping_add(1) == mine.fin.get() as u32;
         if at_receiver || at_fin || packet.seq == mine.sent() {
             reset(flow, from, kernel);
         }

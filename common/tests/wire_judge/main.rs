@@ -191,7 +191,13 @@ fn overtaken_fins_end_the_flow() {
 #[test]
 fn forged_ends_change_nothing() {
     let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
-    let mut scene = Scene::begun(NUMBERS);
+    let mut scene = Scene::armed(NUMBERS);
+    // The agent has offered much to both.
+    for leg in [CLIENT, ENDPOINT] {
+        let packet = OwnPacket { window: u16::MAX, ..scene.own_ack(leg) };
+        assert_eq!(scene.leaves(leg, &packet), Leaving::Pass);
+    }
+    scene.endpoint_sends(scene.data(0, 10));
     for packet in [
         Scene::packet(endpoint + 11, to_endpoint, RST, 0),
         Scene::packet(endpoint + 9, to_endpoint, RST | ACK, 0),
@@ -211,8 +217,15 @@ fn forged_ends_change_nothing() {
     scene.client_sends(scene.ack(0, 1 << 20));
     assert_eq!((scene.state(), scene.flow.legs[CLIENT].told.get() as u32), (state::ACTIVE, to_client));
     // Payload beyond the endpoint's window is not the client's.
-    let far = Scene::packet(client + (1000 << 2) + 1, to_client, ACK, 5);
-    assert_eq!((scene.client_sends(far), scene.flow.marks.get()), (Verdict::Drop, 0));
+    for flags in [ACK, FIN | ACK, RST] {
+        let far = Scene::packet(client + (1000 << 2) + 1, to_client, flags, 5);
+        assert_eq!((scene.client_sends(far), scene.flow.marks.get()), (Verdict::Drop, 0));
+    }
+    // A FIN after a gap, and a reset with its number.
+    for flags in [FIN | ACK, RST] {
+        scene.endpoint_sends(Scene::packet(endpoint + 500, to_endpoint, flags, 0));
+    }
+    assert_eq!(scene.state(), state::ACTIVE);
 }
 
 #[test]

@@ -43,7 +43,11 @@ enum Does {
     BlocksExcessively,
     /// Wants nothing of the body after this time.
     Declines(Duration, Option<BodyMutation>),
+    /// The same when pieces of the body are on their way, for each of which it still has this answer.
+    DeclinesAndAnswers(ProcessingResponse),
     IsSilent,
+    /// Reads nothing after the head.
+    Stalls,
 }
 
 struct Picker {
@@ -101,12 +105,18 @@ impl Script for Picker {
                 tokio::time::sleep(*after).await;
                 exchange.send(last(reply::mutation(&[("x-declined", "1")]), mutation.clone())).await
             }
+            Does::DeclinesAndAnswers(_) => {
+                tokio::time::sleep(LATE).await;
+                exchange.send(last(reply::mutation(&[]), None)).await
+            }
+            Does::Stalls => std::future::pending().await,
             Does::IgnoresHead | Does::BlocksAfterAnswer | Does::IsSilent => Ok(()),
         }
     }
 
     async fn response_body(&self, exchange: &mut Exchange, body: &HttpBody) -> Answer {
-        match self.does {
+        match &self.does {
+            Does::DeclinesAndAnswers(answer) => exchange.send(answer.clone()).await,
             Does::Changes(_) => {
                 let text = if body.end_of_stream { BLOCKED } else { "" };
                 exchange.send(reply::response_body(text.into(), body.end_of_stream)).await
@@ -258,22 +268,53 @@ async fn declined_body_goes_out_as_it_is() {
     }
 }
 
+/// Answers for pieces that were on their way when the EPP declined: the pieces have gone out.
+#[tokio::test]
+async fn answers_after_a_declined_body_change_nothing() {
+    let answers = [
+        reply::response_body_unchanged(),
+        reply::response_body(Bytes::from_static(b"more"), false),
+        reply::response_body(Bytes::from_static(b"end"), true),
+    ];
+    for way in WAYS_HERE {
+        for answer in &answers {
+            let scene = scene(Back::Http1, way, Does::DeclinesAndAnswers(answer.clone()), |_| {}).await;
+            for plan in plans() {
+                let response = scene.request(&plan.request()).await;
+                assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete), "{way:?} {answer:?}");
+                plan.checker().feed(&response.body).unwrap();
+                assert_eq!(response.body.len(), 5000, "{way:?} {answer:?}");
+            }
+        }
+    }
+}
+
 /// The head does not go out before the failure mode has decided.
 #[tokio::test]
 async fn silent_picker_holds_the_head_for_the_idle_time() {
+    assert_held_for_the_idle_time(&Does::IsSilent, 5000).await;
+}
+
+/// More than its window: then the endpoint is not read either.
+#[tokio::test]
+async fn picker_that_stops_reading_holds_the_head_for_the_idle_time() {
+    assert_held_for_the_idle_time(&Does::Stalls, 3 << 20).await;
+}
+
+async fn assert_held_for_the_idle_time(does: &Does, size: u64) {
     for way in WAYS_HERE {
         for (failure_mode, status) in [(FailureMode::Closed, 503), (FailureMode::Open, 200)] {
-            let scene = scene(Back::Http1, way, Does::IsSilent, |config| {
+            let scene = scene(Back::Http1, way, does.clone(), |config| {
                 config.pools[0].failure_mode = failure_mode;
                 config.timeouts.idle = Some(Duration::from_millis(500));
             })
             .await;
-            for plan in plans() {
+            for plan in plans().map(|plan| Plan { size, chunks: Lengths::Fixed(50_000), ..plan }) {
                 let response = scene.request(&plan.request()).await;
                 assert_eq!((response.status(), response.read.end), (status, BodyEnd::Complete), "{way:?}");
                 if status == 200 {
                     plan.checker().feed(&response.body).unwrap();
-                    assert_eq!(response.body.len(), 5000);
+                    assert_eq!(response.body.len() as u64, size);
                 }
             }
         }

@@ -65,6 +65,23 @@ async fn malformed_requests_are_limited_by_refilling_budget() {
     assert_eq!(scene.agent.count("penstock_http2_connections_ended_total", &["reason=\"resets\""]), 1);
 }
 
+/// The agent answers each frame on a stream that is over, so a client that reads nothing must not go on for ever.
+#[tokio::test]
+async fn frames_on_streams_that_are_over_are_limited() {
+    let scene = Scene::patient(|_| {}).await;
+    let mut client = scene.client(65_535).await;
+    let last = 300_001;
+    client.send(&small(last)).await.unwrap();
+    let late = (0..70_000).map(|n| Frame::new(kind::DATA, END_STREAM, 2 * n + 1, *b""));
+    // The agent closes before it has read all.
+    let _ = client.send_raw(&wire(late)).await;
+    let end = client.find(|frame| frame.kind == kind::GOAWAY).await;
+    assert!(
+        end.as_ref().is_ok_and(|going| going.as_ref().is_some_and(|going| going.error() == Some(ENHANCE_YOUR_CALM))),
+        "{end:?}"
+    );
+}
+
 /// Within windows, the size of frames is the client's choice.
 #[tokio::test]
 async fn uploads_in_small_frames_arrive() {

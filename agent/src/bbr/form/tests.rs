@@ -184,6 +184,8 @@ fn boundary_is_found_whatever_bytes_the_type_has() {
         (b"multipart/form-data; x=\"\xc3\xa9\"; boundary=b-1", b"b-1"),
         (b"multipart/form-data; boundary=\xe9", b"\xe9"),
         (b"multipart/form-data; boundary=\xc3\xa9", b"\xc3\xa9"),
+        (b"Multipart/Form-Data ;boundary=x\xc3\xa0 \t", b"x\xc3\xa0"),
+        (b"multipart/form-data; boundary=\x85b\xa0; x=y", b"\x85b\xa0"),
     ] {
         let mut scanner = FormScanner::new(kind).expect("a form");
         let part = b"\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nw\r\n--";

@@ -187,6 +187,9 @@ impl Passage<'_> {
             self.lost(false)?;
         }
         while (self.held.is_some() || self.held_head == HeldHead::Awaited) && !self.ended {
+            if self.broken && self.returned.is_answered() {
+                return Err(PassageStop::End(End::Broken));
+            }
             tokio::select! {
                 biased;
                 step = self.step() => step?,
@@ -272,8 +275,8 @@ impl Passage<'_> {
     }
 
     fn heard(&mut self, heard: Heard) -> Result<(), PassageStop> {
-        if self.held_head == HeldHead::Awaited && !matches!(heard, Heard::Sent | Heard::Head(_)) {
-            self.held_head = HeldHead::Unanswered;
+        if !matches!(heard, Heard::Sent | Heard::Head(_)) {
+            self.nothing_awaited();
         }
         match heard {
             Heard::Sent => Ok(()),
@@ -285,6 +288,8 @@ impl Passage<'_> {
             Heard::Evicted(reply) => Err(PassageStop::Aborted(Aborted::Evicted(reply))),
             Heard::Closed => self.lost(true),
             Heard::Failed => self.lost(false),
+            // For a piece that was on its way when the EPP declined: it has gone out.
+            Heard::Answer(_) if self.declined => Ok(()),
             Heard::Answer(answer) => {
                 self.replaced |= matches!(answer, Answer::Whole(_));
                 let out = self.returned.answer(answer).map_err(|why| self.unusable(why))?;
@@ -304,6 +309,13 @@ impl Passage<'_> {
                     Ok(())
                 }
             }
+        }
+    }
+
+    /// The head need not be held any more.
+    fn nothing_awaited(&mut self) {
+        if self.held_head == HeldHead::Awaited {
+            self.held_head = HeldHead::Unanswered;
         }
     }
 
@@ -357,7 +369,8 @@ impl Passage<'_> {
 
     /// Sends the rest of the body and the trailers. An EPP that does not reply to trailers is sent the body's end alone.
     fn send_last(&mut self, rest: Vec<Bytes>) {
-        let replies = self.is_asked() && self.stream.as_ref().is_some_and(PickStream::replies_to_trailers);
+        let replies = |stream: &PickStream| stream.replies_to_trailers() && !stream.replaces_body();
+        let replies = self.is_asked() && self.stream.as_ref().is_some_and(replies);
         let trailers = self.trailers.as_ref().filter(|trailers| !trailers.is_empty() && replies).cloned();
         let last = rest.len();
         for (number, piece) in (1..).zip(rest) {
@@ -437,6 +450,7 @@ impl Passage<'_> {
 
     /// The EPP ended the stream, with status OK (`clean`) or not, or does not answer.
     fn lost(&mut self, clean: bool) -> Result<(), PassageStop> {
+        self.nothing_awaited();
         if self.replaced || self.declined {
             // It owes nothing.
             *self.stream = None;
