@@ -142,10 +142,13 @@ async fn killed_agent_leaves_its_streams_to_the_next() {
         stream.finish().await;
     }
     ended(&second, "ok", STREAMS).await;
-    let lines = second.process.output().into_iter().filter(|line| line.contains("\"adopted\":true"));
-    let lines: Vec<serde_json::Value> = lines.map(|line| serde_json::from_str(&line).unwrap()).collect();
-    assert_eq!(lines.len(), STREAMS);
-    for line in &lines {
+    // Lines are written after they are counted.
+    let lines = || {
+        let lines = second.process.output().into_iter().filter(|line| line.contains("\"adopted\":true"));
+        lines.map(|line| serde_json::from_str(&line).unwrap()).collect::<Vec<serde_json::Value>>()
+    };
+    eventually(SOON, || lines().len() == STREAMS).await;
+    for line in &lines() {
         let bytes = line["bytes_kernel"].as_u64().unwrap() + line["bytes_user"].as_u64().unwrap();
         assert!(line["status"] == 200 && line["reason"] == "ok" && line["carried_by"] == "wire", "{line}");
         assert!(bytes > 16 * MIB && bytes < 17 * MIB, "{line}");
