@@ -364,14 +364,14 @@ async fn closed(connection: &mut Connection<CountedIo, Bytes>, traffic: &Traffic
 }
 
 /// A request that the client has begun.
-type Accepted = (http::Request<RecvStream>, SendResponse<Bytes>);
+type OpenedStream = (http::Request<RecvStream>, SendResponse<Bytes>);
 
 /// Polls for the next request. Reads no more than a turn's frames before the streams run.
 fn poll_accept(
     connection: &mut Connection<CountedIo, Bytes>,
     traffic: &Traffic,
     cx: &mut Context<'_>,
-) -> Poll<Option<Result<Accepted, h2::Error>>> {
+) -> Poll<Option<Result<OpenedStream, h2::Error>>> {
     let polled = connection.poll_accept(cx);
     match &polled {
         Poll::Ready(Some(Ok(_))) => traffic.accepted(),
