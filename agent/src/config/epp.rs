@@ -57,7 +57,8 @@ settings! {
         /// decided none has failed: `failure_mode` applies, and no further request waits for it until it decides one again.
         pub open_on_deadline: bool = false => boolean(),
         /// How long a response head waits for the mutation that the EPP may make of it. With `response_to_picker = "body"`, the head
-        /// of a response that has a body waits until the EPP has replied to it or answered for the body, for at most `timeouts.idle`.
+        /// of a response that has a body waits until the EPP has replied to it or answered for the body. An EPP that does neither
+        /// counts as failed `timeouts.idle` after the body's end, or after it has stopped reading.
         pub response_timeout: Option<Duration> = Some(Duration::from_millis(100)) => duration_or_off(),
         /// What the EPP sees of request bodies.
         pub body_to_picker: BodyToPicker = BodyToPicker::Whole => value::choice(),

@@ -88,7 +88,7 @@ async fn expect_100_continue_over_http2_gets_continue() {
         let seen = response.echoed();
         assert_eq!((response.interim.len(), seen.body_length, seen.header("expect")), (0, 5, None));
     }
-    // No wait needed: there is no body, or it is empty.
+    // The client has nothing to wait for: it sends no body, or an empty one.
     for (length, ends) in [(None, true), (Some("0"), true), (Some("0"), false)] {
         let head = client.head(&waiting(length)).unwrap();
         let mut stream = client.open(head, ends).await.unwrap();

@@ -11,7 +11,7 @@ use penstock_proto::ext_proc::{
 };
 use penstock_tests::{
     BodyEnd, Plan, Response, eventually,
-    model_server::{Framing, Lengths},
+    model_server::{Fault, FaultKind, Framing, Lengths},
     scripted_epp::{Answer, Exchange, Script, StreamEnd, reply},
     stage::epp,
 };
@@ -279,12 +279,27 @@ async fn answers_after_a_declined_body_change_nothing() {
     for way in WAYS_HERE {
         for answer in &answers {
             let scene = scene(Back::Http1, way, Does::DeclinesAndAnswers(answer.clone()), |_| {}).await;
-            for plan in plans() {
+            // They come before the second half of the body.
+            let fault = Some(Fault { after: 2500, kind: FaultKind::StallMs(700) });
+            for plan in plans().map(|plan| Plan { fault, ..plan }) {
                 let response = scene.request(&plan.request()).await;
                 assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete), "{way:?} {answer:?}");
                 plan.checker().feed(&response.body).unwrap();
                 assert_eq!(response.body.len(), 5000, "{way:?} {answer:?}");
             }
+        }
+    }
+}
+
+/// The endpoint breaks off before a byte of the body, while the head is held: the client gets an error instead of a cut response.
+#[tokio::test]
+async fn response_without_a_byte_of_its_body_is_an_error() {
+    for way in WAYS_HERE {
+        let scene = scene(Back::Http1, way, Does::IsSilent, |_| {}).await;
+        for plan in plans() {
+            let fault = Some(Fault { after: 0, kind: FaultKind::Close });
+            let response = scene.request(&Plan { fault, ..plan }.request()).await;
+            assert_eq!((response.status(), response.read.end), (502, BodyEnd::Complete), "{way:?}");
         }
     }
 }

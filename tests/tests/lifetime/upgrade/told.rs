@@ -16,6 +16,15 @@ use crate::SOON;
 struct Manager(UnixDatagram);
 
 impl Manager {
+    /// One that watches the agents of the scene, and the environment variable that names its socket.
+    fn of(scene: &Scene) -> (Self, String) {
+        let path = scene.folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+        (Self(socket), format!("NOTIFY_SOCKET={}", path.display()))
+    }
+
     /// The next message that begins like this. Before it come signs of life, and what the agent waits for.
     async fn told(&self, begin: &'static str) -> String {
         let socket = self.0.try_clone().unwrap();
@@ -36,11 +45,7 @@ impl Manager {
 #[tokio::test]
 async fn service_manager_is_told_of_start_reload_takeover_and_stop() {
     let scene = Scene::new().await;
-    let path = scene.folder.path().join("notify");
-    let manager = Manager(UnixDatagram::bind(&path).unwrap());
-    manager.0.set_read_timeout(Some(SOON)).unwrap();
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    let notify = format!("NOTIFY_SOCKET={}", path.display());
+    let (manager, notify) = Manager::of(&scene);
     let through = ["env", &notify, "WATCHDOG_USEC=600000"];
     let text = scene.text(1, "off", "");
     let old = AgentProcess::start_through_with_text(&through, &text).await.unwrap();
@@ -70,11 +75,7 @@ async fn service_manager_is_told_of_start_reload_takeover_and_stop() {
 #[tokio::test]
 async fn signs_of_life_go_on_during_a_drain() {
     let scene = Scene::new().await;
-    let path = scene.folder.path().join("notify");
-    let manager = Manager(UnixDatagram::bind(&path).unwrap());
-    manager.0.set_read_timeout(Some(SOON)).unwrap();
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
-    let notify = format!("NOTIFY_SOCKET={}", path.display());
+    let (manager, notify) = Manager::of(&scene);
     let through = ["env", &notify, "WATCHDOG_USEC=600000"];
     let mut agent = AgentProcess::start_through_with_text(&through, &scene.text(2, "off", "")).await.unwrap();
     manager.told("READY=1").await;

@@ -119,7 +119,7 @@ pub(super) fn piece(piece: &'static str, end_of_stream: bool) -> Mutation {
     Mutation::StreamedResponse(StreamedBodyResponse { body: piece.into(), end_of_stream })
 }
 
-/// The mutations of a body that are none.
+/// Body mutations that change nothing.
 pub(super) fn unchanged() -> [Option<BodyMutation>; 3] {
     [None, Some(BodyMutation::default()), mutated(Mutation::ClearBody(false))]
 }
