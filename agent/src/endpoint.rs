@@ -23,3 +23,4 @@ mod subset;
 pub mod timeouts;
 pub mod tls;
 mod wire;
+mod written;

@@ -97,8 +97,10 @@ impl Http2Stream {
         &mut self,
         head: http::Request<()>,
         ends: bool,
-    ) -> Result<(ResponseFuture, SendStream<Bytes>), h2::Error> {
-        self.send.send_request(head, ends)
+    ) -> Result<(ResponseFuture, SendStream<Bytes>, RequestAccount), h2::Error> {
+        let (response, out) = self.send.send_request(head, ends)?;
+        let account = RequestAccount::open(Rc::clone(&self.link), out.stream_id().as_u32());
+        Ok((response, out, account))
     }
 
     /// Reads the trailers after the end of the stream's body. An error if they are too large. Cancel-safe.
@@ -118,6 +120,40 @@ impl Http2Stream {
     /// that is unknown.
     pub async fn acknowledged_more(&self, before: Option<u64>) -> Option<bool> {
         self.link.acknowledged_more(before?).await
+    }
+}
+
+/// How far the endpoint's kernel has acknowledged the request of one stream.
+pub struct RequestAccount {
+    link: Rc<Link>,
+    stream: u32,
+    /// Bytes of the body that h2 has been given.
+    given: Cell<u64>,
+}
+
+impl RequestAccount {
+    /// None of the request may have been written.
+    fn open(link: Rc<Link>, stream: u32) -> Self {
+        link.written().borrow_mut().open(stream);
+        Self { link, stream, given: Cell::new(0) }
+    }
+
+    /// Records that h2 is given this many more bytes of the body.
+    pub fn give(&self, bytes: usize) {
+        self.given.set(self.given.get() + bytes as u64);
+    }
+
+    /// A number that grows with each acknowledged byte of the connection that the request, as far as h2 has it, waits for. At first it
+    /// is [`Http2Stream::acknowledged`]. Returns `None` if it is unknown.
+    pub fn acknowledged(&self) -> Option<u64> {
+        let acknowledged = self.link.acknowledged()?;
+        Some(self.link.written().borrow().reached(self.stream, self.given.get(), acknowledged))
+    }
+}
+
+impl Drop for RequestAccount {
+    fn drop(&mut self) {
+        self.link.written().borrow_mut().close(self.stream);
     }
 }
 

@@ -15,10 +15,7 @@ use futures_util::future::{FutureExt as _, LocalBoxFuture};
 use h2::Reason;
 use tokio::time::Instant;
 
-use crate::{
-    deadline::{self, with_deadline},
-    http::body::BodyError,
-};
+use crate::http::body::BodyError;
 
 /// Why a request was not sent to its end.
 #[derive(Debug)]
@@ -122,46 +119,90 @@ impl Unfinished {
     }
 }
 
-/// When an endpoint last took a part of a request. Clones share the same time.
-#[derive(Debug, Clone)]
-pub struct Progress(Rc<Cell<Instant>>);
+/// How often the acknowledged bytes are read within a limit, at least.
+const LOOKS: u32 = 4;
+/// The pause before they are read first, and after progress. Further pauses double. Most requests are acknowledged within the first
+/// pause, so that a limit is exceeded by no more than that.
+const FIRST_LOOK: Duration = Duration::from_millis(50);
+
+/// When an endpoint last took a part of a request: the socket took bytes, or the endpoint's kernel acknowledged some. Room in the
+/// send queue does not show every progress: the kernel reports it only after a third of the queue has left, which can take a slow
+/// reader longer than the limit. Clones share the same time.
+#[derive(Clone)]
+pub struct Progress(Rc<ProgressState>);
+
+struct ProgressState {
+    last: Cell<Instant>,
+    acknowledged: Box<dyn Fn() -> Option<u64>>,
+    /// The largest number so far.
+    seen: Cell<u64>,
+}
 
 impl Progress {
-    /// Starts with the current time.
-    pub fn begin() -> Self {
-        Self(Rc::new(Cell::new(Instant::now())))
+    /// Starts with the current time. `acknowledged` returns a number that grows with each acknowledged byte of the request, or `None`
+    /// if it is unknown; beyond `before`, bytes of the request have been acknowledged.
+    pub fn begin(before: Option<u64>, acknowledged: impl Fn() -> Option<u64> + 'static) -> Self {
+        let (last, seen) = (Cell::new(Instant::now()), Cell::new(before.unwrap_or_default()));
+        Self(Rc::new(ProgressState { last, acknowledged: Box::new(acknowledged), seen }))
     }
 
     /// Records that the endpoint took a part now.
     pub fn made(&self) {
-        self.0.set(Instant::now());
+        self.0.last.set(Instant::now());
     }
 
-    /// Resolves when no progress was made for `limit`. Never resolves without a limit.
-    pub async fn overdue(&self, limit: Option<Duration>) {
-        let Some(limit) = limit else { return std::future::pending().await };
-        loop {
-            let due = self.0.get() + limit;
-            if Instant::now() >= due {
-                return;
-            }
-            tokio::time::sleep_until(due).await;
+    /// Records progress if more has been acknowledged.
+    fn look(&self) {
+        let Some(now) = (self.0.acknowledged)() else { return };
+        if now > self.0.seen.get() {
+            self.0.seen.set(now);
+            self.made();
         }
     }
-}
 
-/// Waits for the endpoint to take a part of the request, for at most `idle`.
-pub async fn with_idle_timeout<T, E>(
-    idle: Option<Duration>,
-    part: impl Future<Output = Result<T, E>>,
-) -> Result<T, SendError> {
-    let taken = with_deadline(deadline::after(idle), part).await;
-    taken.ok_or(SendError::Stalled(idle.unwrap_or_default()))?.map_err(|_| SendError::Refused)
+    /// Resolves when no progress was made for `limit`, from the first poll on, and at most a quarter of it later. Never resolves without
+    /// a limit.
+    pub async fn overdue(&self, limit: Option<Duration>) {
+        let Some(limit) = limit else { return std::future::pending().await };
+        let (longest, mut since) = (limit / LOOKS, Instant::now());
+        let first = longest.min(FIRST_LOOK);
+        let mut pause = first;
+        loop {
+            let (now, due) = (Instant::now(), since + limit);
+            if now >= due {
+                return;
+            }
+            tokio::time::sleep_until(due.min(now + pause)).await;
+            self.look();
+            (since, pause) = match self.0.last.get() {
+                last if last > since => (last, first),
+                _ => (since, longest.min(pause * 2)),
+            };
+        }
+    }
+
+    /// Waits for the endpoint to take a part of the request, while progress is made at least every `idle`.
+    pub async fn wait<T, E>(
+        &self,
+        idle: Option<Duration>,
+        part: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, SendError> {
+        tokio::select! {
+            biased;
+            taken = part => taken.map_err(|_| SendError::Refused),
+            () = self.overdue(idle) => Err(SendError::Stalled(idle.unwrap_or_default())),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Nothing is known of acknowledged bytes.
+    fn begin() -> Progress {
+        Progress::begin(None, || None)
+    }
 
     /// Takes `parts` seconds and makes progress once a second.
     async fn work(parts: u32, progress: Progress, held: Rc<()>) -> Result<(), SendError> {
@@ -176,7 +217,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn request_is_sent_while_the_response_is_delivered() {
         let held = Rc::new(());
-        let sending = Sending::new(work(3, Progress::begin(), Rc::clone(&held)));
+        let sending = Sending::new(work(3, begin(), Rc::clone(&held)));
         sending.run_during(tokio::time::sleep(Duration::from_millis(2500))).await;
         assert!(!sending.is_sent());
         assert_eq!(Rc::strong_count(&held), 2);
@@ -188,7 +229,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn stopped_request_drops_its_content() {
         let held = Rc::new(());
-        let sending = Sending::new(work(3, Progress::begin(), Rc::clone(&held)));
+        let sending = Sending::new(work(3, begin(), Rc::clone(&held)));
         sending.run_during(tokio::time::sleep(Duration::from_secs(1))).await;
         sending.clone().stop();
         assert_eq!(Rc::strong_count(&held), 1);
@@ -197,16 +238,52 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn progress_postpones_the_limit() {
-        let (begin, progress) = (Instant::now(), Progress::begin());
+        let (begun, progress) = (Instant::now(), begin());
         let sending = Sending::new(work(3, progress.clone(), Rc::new(())));
         sending.run_during(progress.overdue(Some(Duration::from_millis(1500)))).await;
-        assert_eq!(begin.elapsed(), Duration::from_millis(4500));
+        assert_eq!(begun.elapsed(), Duration::from_millis(4500));
     }
 
     #[tokio::test(start_paused = true)]
     async fn part_that_is_not_taken_in_time_stalls() {
         let (idle, never) = (Some(Duration::from_secs(2)), std::future::pending::<Result<(), ()>>());
-        assert!(matches!(with_idle_timeout(idle, never).await, Err(SendError::Stalled(_))));
-        assert!(matches!(with_idle_timeout(None, async { Err::<(), ()>(()) }).await, Err(SendError::Refused)));
+        assert!(matches!(begin().wait(idle, never).await, Err(SendError::Stalled(_))));
+        assert!(matches!(begin().wait(None, async { Err::<(), ()>(()) }).await, Err(SendError::Refused)));
+    }
+
+    /// From the begin on, a byte is acknowledged every `pause`, until `end`.
+    fn acknowledging(pause: Duration, end: Duration) -> (Instant, Progress) {
+        let begun = Instant::now();
+        let bytes = move || Some(10 + (begun.elapsed().min(end).as_nanos() / pause.as_nanos()) as u64);
+        (begun, Progress::begin(Some(10), bytes))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn acknowledged_bytes_postpone_the_limit() {
+        for limit in [1, 2, 10, 50].map(Duration::from_secs) {
+            let end = Duration::from_secs(100);
+            let (begun, progress) = acknowledging(limit / 2, end);
+            progress.overdue(Some(limit)).await;
+            let over = begun.elapsed() - end;
+            assert!(over >= limit && over <= limit * 5 / 4, "{limit:?}: {over:?}");
+            // A wait that begins now has the whole limit.
+            let begun = Instant::now();
+            let never = std::future::pending::<Result<(), ()>>();
+            assert!(matches!(progress.wait(Some(limit), never).await, Err(SendError::Stalled(_))));
+            assert_eq!(begun.elapsed(), limit);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn request_that_is_acknowledged_at_once_is_overdue_on_time() {
+        let limit = Duration::from_secs(600);
+        let soon = Duration::from_millis(5);
+        let (begun, progress) = acknowledging(soon, soon);
+        progress.overdue(Some(limit)).await;
+        assert!(begun.elapsed() >= limit && begun.elapsed() <= limit + FIRST_LOOK, "{:?}", begun.elapsed());
+        // The last part of a request that took some minutes to send, as well.
+        let (begun, progress) = acknowledging(soon, limit);
+        progress.overdue(Some(limit)).await;
+        assert!(begun.elapsed() >= 2 * limit && begun.elapsed() <= 2 * limit + FIRST_LOOK, "{:?}", begun.elapsed());
     }
 }

@@ -82,6 +82,12 @@ impl EndpointWriter {
         self.tls.as_ref().map_or(Ok(()), |tls| tls.try_flush(&self.tcp))
     }
 
+    /// Bytes that the endpoint's kernel has acknowledged, as
+    /// [`EndpointConnection::acknowledged`](super::connection::EndpointConnection::acknowledged) counts them.
+    pub fn acknowledged(&self) -> Option<u64> {
+        socket::acknowledged(&*self.tcp).ok()
+    }
+
     /// Waits until the endpoint takes more.
     pub async fn writable(&self) -> io::Result<()> {
         self.tcp.writable().await

@@ -6,7 +6,7 @@ use std::{
     io::{self, IoSlice},
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use tokio::{
@@ -14,7 +14,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::crossing;
+use super::{crossing, written::WrittenRequests};
 use crate::{
     http::{
         empty_data::EmptyData,
@@ -35,6 +35,7 @@ pub(super) struct Link {
     frames: RefCell<FrameHeads>,
     empty: RefCell<EmptyData>,
     large: RefCell<LargeBlocks>,
+    written: RefCell<WrittenRequests>,
 }
 
 impl EndpointIo {
@@ -46,6 +47,7 @@ impl EndpointIo {
             frames: RefCell::new(FrameHeads::after(0)),
             empty: RefCell::new(EmptyData::after(0)),
             large: RefCell::new(LargeBlocks::new(block)),
+            written: RefCell::new(WrittenRequests::new()),
         });
         (Self(Rc::clone(&link)), link)
     }
@@ -72,6 +74,11 @@ impl Link {
     /// Whether fields may be missing from the head or the trailers of this stream.
     pub(super) fn lacks_fields(&self, stream: u32) -> bool {
         self.large.borrow().contains(stream)
+    }
+
+    /// What has been written of the requests. The caller must release the borrow before h2 runs.
+    pub(super) fn written(&self) -> &RefCell<WrittenRequests> {
+        &self.written
     }
 
     /// As [`EndpointConnection::acknowledged_more`](super::connection::EndpointConnection::acknowledged_more).
@@ -107,7 +114,9 @@ impl AsyncRead for EndpointIo {
 
 impl AsyncWrite for EndpointIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.with(|stream| stream.poll_write(cx, buf))
+        let n = ready!(self.with(|stream| stream.poll_write(cx, buf)))?;
+        self.0.written.borrow_mut().wrote(&buf[..n]);
+        Poll::Ready(Ok(n))
     }
 
     fn poll_write_vectored(
@@ -115,7 +124,14 @@ impl AsyncWrite for EndpointIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.with(|stream| stream.poll_write_vectored(cx, bufs))
+        let n = ready!(self.with(|stream| stream.poll_write_vectored(cx, bufs)))?;
+        let (mut left, mut written) = (n, self.0.written.borrow_mut());
+        for buf in bufs {
+            let some = left.min(buf.len());
+            written.wrote(&buf[..some]);
+            left -= some;
+        }
+        Poll::Ready(Ok(n))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -24,6 +24,7 @@ mod replaced;
 mod scene;
 mod sse_keepalive;
 mod returned;
+mod slow_endpoints;
 mod slow_readers;
 mod smuggling;
 mod tls;

@@ -41,7 +41,7 @@ async fn silent_endpoint_gets_no_ping() {
             let mut stream =
                 Http2Pool::new(times, HeadLimits { bytes: 1000, headers: 10 }).stream(address).await.expect("a stream");
             let request = http::Request::get("http://a/").body(()).expect("a request");
-            let (response, _) = stream.open(request, true).expect("the stream is opened");
+            let (response, ..) = stream.open(request, true).expect("the stream is opened");
             assert!(tokio::time::timeout(Duration::from_secs(3600), response).await.is_err());
         })
         .await;

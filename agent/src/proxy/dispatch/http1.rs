@@ -10,7 +10,7 @@ use crate::{
     endpoint::{
         body::ResponseBody,
         connection::EndpointConnection,
-        sending::{Progress, SendError, Sending, with_idle_timeout},
+        sending::{Progress, SendError, Sending},
         tls::EndpointWriter,
     },
     error::Error,
@@ -74,8 +74,9 @@ async fn attempt(
         let executed = endpoint.acknowledged_more(before).await.unwrap_or(true);
         AttemptError::ClosedEarly { executed, kept: false }
     };
-    let progress = Progress::begin();
     let Ok(writer) = endpoint.writer() else { return Err(lost(&endpoint).await) };
+    let socket = writer.clone();
+    let progress = Progress::begin(before, move || socket.acknowledged());
     let prompt = kept && !job.may_be_repeated();
     let work = send(
         writer,
@@ -188,7 +189,7 @@ async fn send(
     write(&endpoint, &out, &progress, idle).await
 }
 
-/// Writes all of `out`. `idle` limits the wait for each part.
+/// Writes all of `out`. `idle` limits the wait without progress.
 async fn write(
     endpoint: &EndpointWriter,
     mut out: &[u8],
@@ -202,7 +203,7 @@ async fn write(
                 progress.made();
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                with_idle_timeout(idle, endpoint.writable()).await?;
+                progress.wait(idle, endpoint.writable()).await?;
             }
             Err(_) => return Err(SendError::Refused),
         }
@@ -211,7 +212,7 @@ async fn write(
         match endpoint.try_flush() {
             Ok(()) => return Ok(()),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                with_idle_timeout(idle, endpoint.writable()).await?;
+                progress.wait(idle, endpoint.writable()).await?;
                 progress.made();
             }
             Err(_) => return Err(SendError::Refused),

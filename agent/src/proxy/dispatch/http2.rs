@@ -1,6 +1,6 @@
 //! Sends one request over HTTP/2, on a stream of its own, and returns the head of the response.
 
-use std::{collections::VecDeque, future::poll_fn, net::SocketAddr, time::Duration};
+use std::{collections::VecDeque, future::poll_fn, net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, client::ResponseFuture};
@@ -10,8 +10,8 @@ use super::{AttemptError, Interim, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
-        http2::Http2Stream,
-        sending::{CutReason, Progress, SendError, Sending, Unfinished, with_idle_timeout},
+        http2::{Http2Stream, RequestAccount},
+        sending::{CutReason, Progress, SendError, Sending, Unfinished},
     },
     error::Error,
     http::{
@@ -71,14 +71,17 @@ async fn attempt(
     mut stream: Http2Stream,
 ) -> Result<(ResponseHead, ResponseBody), StreamError> {
     let before = stream.acknowledged();
-    let progress = Progress::begin();
     let has_body = job.content.length().is_some_and(|length| length > 0) || job.content.trailers().is_some();
     // Opening fails only if the connection has ended since it was chosen; nothing was sent.
-    let (response, out) = stream.open(head(job, address), !has_body).map_err(|_| StreamError::Refused)?;
+    let opened = stream.open(head(job, address), !has_body);
+    let (response, out, account) = opened.map_err(|_| StreamError::Refused)?;
+    let account = Rc::new(account);
+    let request = Rc::clone(&account);
+    let progress = Progress::begin(before, move || request.acknowledged());
     let unfinished = Unfinished::default();
     let (sending, cut) = if has_body {
         let cut = CutReason::default();
-        let out = BodySender { stream: out, ended: false, cut: cut.clone() };
+        let out = BodySender { stream: out, account, ended: false, cut: cut.clone() };
         let sending = Sending::new(send(out, job.content.clone(), progress.clone(), job.idle(), unfinished.clone()));
         (sending, Some(cut))
     } else {
@@ -195,6 +198,7 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
 /// Sends a request body. Dropping it before the end resets the stream, even if the endpoint's window is full.
 struct BodySender {
     stream: SendStream<Bytes>,
+    account: Rc<RequestAccount>,
     ended: bool,
     cut: CutReason,
 }
@@ -256,10 +260,11 @@ async fn send_body(
     let mut pieces = content.pieces();
     while let Some(mut piece) = pieces.next().await.map_err(SendError::Body)? {
         while !piece.is_empty() {
-            let room = with_idle_timeout(idle, out.room(piece.len())).await?;
+            let room = progress.wait(idle, out.room(piece.len())).await?;
             let part = piece.split_to(room.min(piece.len()));
             left = left.map(|left| left.saturating_sub(part.len() as u64));
             let ends = left == Some(0);
+            out.account.give(part.len());
             out.stream.send_data(part, ends).map_err(|_| SendError::Refused)?;
             out.ended = ends;
             progress.made();
