@@ -26,7 +26,6 @@ use super::{
 use crate::{
     client::Client,
     config::AppProtocol,
-    deadline::{self, with_deadline},
     endpoint::{
         body::ResponseBody,
         in_flight::InFlight,
@@ -127,21 +126,18 @@ fn takes_interim(client: &Client, request: &Request) -> bool {
     matches!(client, Client::Http2(_)) || request.parts.version == Version::HTTP_11
 }
 
-/// Sends an interim head to the client.
+/// Sends an interim head to the client. The client may take as long as it makes progress within `timeouts.idle`.
 async fn forward_interim(client: &mut Client, job: &Job<'_>, mut head: ResponseHead) -> Result<(), Error> {
     headers::prepare_interim(&mut head.headers, head.version, &job.worker.shared.config.headers);
     let sent = match client {
         Client::Http1(socket) => {
             let mut out = BytesMut::new();
             head.write_head(&mut out, true, job.request.parts.version);
-            with_deadline(deadline::after(job.idle()), socket.interim(&out)).await
+            socket.interim(&out).await
         }
-        Client::Http2(stream) => Some(stream.interim(head.interim_frames()).await),
+        Client::Http2(stream) => stream.interim(head.interim_frames()).await,
     };
-    match sent {
-        Some(Ok(())) => Ok(()),
-        _ => Err(Error::ClientGone),
-    }
+    sent.map_err(|_| Error::ClientGone)
 }
 
 /// A request in dispatch.

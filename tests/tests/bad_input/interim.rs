@@ -1,6 +1,9 @@
 //! Interim responses (1xx) of endpoints: clients get them as they come, bounded in number, in size and in time.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
@@ -152,6 +155,42 @@ async fn untaken_interim_responses_end_http2_request() {
         }
     }
     assert_eq!(heads, 1001);
+}
+
+/// More than the sockets between take: the wait for room is longer than the idle timeout, and a client that reads slowly gets every head.
+/// One that reads nothing loses its request.
+#[tokio::test]
+async fn slow_reader_of_interim_responses_gets_all_of_them() {
+    const IDLE: Duration = Duration::from_secs(1);
+    const HEADS: usize = 1000;
+    let interim = format!("HTTP/1.1 103 Early Hints\r\nlink: {}\r\n\r\n", "x".repeat(15_000)).repeat(HEADS);
+    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
+    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+    let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Off, |config| {
+        config.limits.head_bytes = 1 << 20;
+        config.timeouts.idle = Some(IDLE);
+    });
+    let connect = async || {
+        let mut client = Client::connect_with(agent.addr, Some(16 << 10)).await.unwrap();
+        client.send_raw(b"GET /test/echo HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        client.into_parts().0
+    };
+    let mut stream = connect().await;
+    let (mut read, mut piece, begin) = (Vec::new(), [0; 3000], Instant::now());
+    while begin.elapsed() < 5 * IDLE {
+        let bytes = stream.read(&mut piece).await.unwrap();
+        assert_ne!(bytes, 0, "cut after {} bytes and {:?}", read.len(), begin.elapsed());
+        read.extend_from_slice(&piece[..bytes]);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    while !read.ends_with(b"hello") {
+        assert_ne!(stream.read_buf(&mut read).await.unwrap(), 0, "cut after {} bytes", read.len());
+    }
+    assert_eq!(String::from_utf8(read).unwrap().matches("HTTP/1.1 103 ").count(), HEADS);
+    drop(stream);
+    let _unread = connect().await;
+    eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"client_gone\""]) == 1).await;
+    eventually(SOON, || agent.count("penstock_client_stalls_total", &[]) == 1).await;
 }
 
 /// The deadline may pass while a head is being written. Nothing may follow a part of a head: the connection ends instead.
