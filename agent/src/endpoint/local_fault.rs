@@ -1,5 +1,5 @@
 //! Recognises connect errors that this machine causes: out of descriptors, ports or memory, or a local policy. They never count
-//! against the endpoint.
+//! against the endpoint. An EPP's replica is unreachable only if its address causes the error.
 
 use std::{io, sync::Arc};
 
@@ -14,6 +14,11 @@ pub fn local_fault(error: &io::Error) -> Option<&'static str> {
         libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT => Some("address_family"),
         _ => None,
     }
+}
+
+/// Whether this machine has run out of descriptors, ports or memory. Other local faults depend on the address and last.
+pub fn is_exhaustion(error: &io::Error) -> bool {
+    matches!(local_fault(error), Some("open_files" | "ports" | "memory"))
 }
 
 /// The OS error of `error` or of the error that it wraps.
@@ -49,6 +54,8 @@ mod tests {
         ];
         for (code, expected) in table {
             let error = || io::Error::from_raw_os_error(code);
+            let lasts = matches!(code, libc::EACCES | libc::EPERM | libc::EAFNOSUPPORT);
+            assert_eq!(is_exhaustion(&error()), expected.is_some() && !lasts, "{code}");
             assert_eq!(local_fault(&error()), expected, "{code}");
             let shared = io::Error::new(error().kind(), Arc::new(error()));
             assert_eq!(local_fault(&shared), expected, "{code}");

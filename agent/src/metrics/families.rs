@@ -193,7 +193,7 @@ families! {
 
     /// Connections to endpoints that requests asked for, by their origin.
     endpoint_connections: Family<ByResult, Counter> = "endpoint_connections";
-    /// Connections to endpoints that failed because of this machine; they never count against the endpoint.
+    /// Connections to endpoints and replicas of EPPs that failed because of this machine; they never count against an endpoint.
     local_faults: Family<ByReason, Counter> = "local_faults";
     /// Requests that were retried on another connection or endpoint, because one did not connect, had closed a kept
     /// connection, or closed before it answered.

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram};
 
 use crate::endpoint::set::EndpointSource;
 
@@ -14,8 +14,8 @@ use super::{
     InFlightGauge, OK,
     families::Families,
     labels::{
-        ByAnswer, ByAttribute, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica,
-        ByRequestModel, BySource, BySourceAndReason, EndpointState, EppOutcome, PoolName,
+        ByAnswer, ByAttribute, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReason,
+        ByReplica, ByRequestModel, BySource, BySourceAndReason, EndpointState, EppOutcome, PoolName,
     },
     models::Models,
 };
@@ -43,6 +43,7 @@ impl Streamed {
 pub struct EppConnections {
     open: Gauge,
     opened: Counter,
+    local_faults: Family<ByReason, Counter>,
 }
 
 impl EppConnections {
@@ -50,6 +51,11 @@ impl EppConnections {
     pub fn opened(&self) -> InFlightGauge {
         self.opened.inc();
         InFlightGauge::new(&self.open)
+    }
+
+    /// Counts a connection that failed because of this machine.
+    pub fn local_fault(&self, reason: &'static str) {
+        self.local_faults.get_or_create(&ByReason { reason }).inc();
     }
 }
 
@@ -206,6 +212,7 @@ impl PoolMetrics {
         EppConnections {
             open: self.families.epp_connections.get_or_create_owned(&pool),
             opened: self.families.epp_connections_opened.get_or_create_owned(&pool),
+            local_faults: self.families.local_faults.clone(),
         }
     }
 

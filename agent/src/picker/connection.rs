@@ -26,7 +26,7 @@ use super::{
     handshake::{self, Opened},
     replica::{Replica, Replicas},
 };
-use crate::metrics::EppConnections;
+use crate::{endpoint::local_fault::local_fault, metrics::EppConnections};
 
 /// Most connections of a worker to one replica. Beyond that, streams are queued.
 pub(super) const MAX_CONNECTIONS: usize = 64;
@@ -294,8 +294,13 @@ pub(super) async fn connect(
         end.cancel();
     };
     let connect = handshake::connect(address, tls, ended);
-    let Opened { send, limit, streams } =
-        tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
+    let connected = tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout));
+    let Opened { send, limit, streams } = connected.inspect_err(|error| {
+        if let Some(fault) = local_fault(error) {
+            tracing::warn!(%address, authority = %replica.authority, %error, "connecting to the EPP failed, local fault");
+            replicas.connections.local_fault(fault);
+        }
+    })?;
     // If the connection has ended by now, this is the last reference.
     let _ = open.set(counts.map(EppConnections::opened));
     Ok(Http2 { send, retired, went_away, load: Arc::new(ConnectionLoad::new(limit, streams)) })

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::connection::is_loss;
-use crate::config::EppLimits;
+use crate::{config::EppLimits, endpoint::local_fault::local_fault};
 
 /// Why an EPP did not pick.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -18,6 +18,9 @@ pub enum PickError {
     /// No connection was made: TCP, TLS or HTTP/2 failed or timed out.
     #[error("cannot connect to the EPP: {0}")]
     Connect(Arc<std::io::Error>),
+    /// No connection was made because of this machine: it has run out of descriptors, ports or memory, or a local policy forbids it.
+    #[error("the agent cannot open connections to the EPP: {0}")]
+    LocalFault(Arc<std::io::Error>),
     /// The server sent GOAWAY or refused the stream.
     #[error("the EPP did not process the stream: {0}")]
     NotTaken(String),
@@ -94,12 +97,18 @@ pub enum PickError {
 }
 
 impl PickError {
+    /// Why no connection was made.
+    pub fn not_connected(error: Arc<std::io::Error>) -> Self {
+        if local_fault(&error).is_some() { Self::LocalFault(error) } else { Self::Connect(error) }
+    }
+
     /// A stable label for metrics and logs.
     pub fn reason(&self) -> &'static str {
         match self {
             PickError::Unresolved(_) => "unresolved",
             PickError::NoReplica(_) => "no_replica",
             PickError::Connect(_) => "connect",
+            PickError::LocalFault(_) => "local_fault",
             PickError::NotTaken(_) => "not_taken",
             PickError::Reset { .. } => "reset",
             PickError::Status { code, .. } => label(*code),
@@ -128,6 +137,7 @@ impl PickError {
             // The same loss, noticed while connecting.
             PickError::Connect(error) if is_loss(error.kind()) => AskAgain::SameReplicaOnce,
             PickError::Connect(_)
+            | PickError::LocalFault(_)
             | PickError::Reset { .. }
             | PickError::Status { code: tonic::Code::Unavailable, .. } => AskAgain::OtherReplica,
             _ => AskAgain::Never,
@@ -146,9 +156,15 @@ impl PickError {
             PickError::Unresolved(_)
                 | PickError::NoReplica(_)
                 | PickError::Connect(_)
+                | PickError::LocalFault(_)
                 | PickError::NotTaken(_)
                 | PickError::Reset { .. }
         )
+    }
+
+    /// Whether no connection was made to the replica that was asked.
+    pub fn is_unconnected(&self) -> bool {
+        matches!(self, PickError::Connect(_) | PickError::LocalFault(_))
     }
 }
 

@@ -4,6 +4,7 @@
 use std::{
     future::poll_fn,
     io,
+    path::Path,
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -49,6 +50,9 @@ const PING: Duration = Duration::from_secs(310);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// TCP_USER_TIMEOUT: how long sent bytes may stay unacknowledged.
 const GONE: Duration = Duration::from_secs(15);
+
+/// The pause before connecting again to a Unix socket whose backlog is full.
+const BACKLOG: Duration = Duration::from_millis(10);
 
 /// The server speaks another protocol than the settings say. The inner error of an [`io::Error`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -121,7 +125,7 @@ pub async fn connect(
 ) -> io::Result<Opened> {
     let address = match address {
         ReplicaAddress::Tcp(address) => address,
-        ReplicaAddress::Unix(path) => return over(UnixStream::connect(path).await?, tls, ended).await,
+        ReplicaAddress::Unix(path) => return over(connect_unix(path).await?, tls, ended).await,
     };
     let tcp = TcpStream::connect(address).await?;
     tcp.set_nodelay(true)?;
@@ -130,6 +134,17 @@ pub async fn connect(
     socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(2))?;
     socket.set_tcp_user_timeout(Some(GONE))?;
     over(tcp, tls, ended).await
+}
+
+/// Waits while the socket's backlog is full, as TCP does by repeating the SYN. The kernel waits only in a blocking connect, and
+/// otherwise returns EAGAIN.
+async fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(BACKLOG).await,
+            connected => return connected,
+        }
+    }
 }
 
 async fn over(
@@ -156,7 +171,7 @@ pub async fn answers_tls(address: &ReplicaAddress, connector: TlsConnector, name
             Ok(tcp) => speaks_tls(tcp, connector, name).await,
             Err(_) => false,
         },
-        ReplicaAddress::Unix(path) => match UnixStream::connect(path).await {
+        ReplicaAddress::Unix(path) => match connect_unix(path).await {
             Ok(unix) => speaks_tls(unix, connector, name).await,
             Err(_) => false,
         },

@@ -12,6 +12,7 @@ use super::{
     grpc::{self, PeerEnd},
     replica::{Replica, ReplicaState, Replicas},
 };
+use crate::endpoint::local_fault::is_exhaustion;
 
 const CHECK: &str = "/grpc.health.v1.Health/Check";
 /// Least time between two checks. Failing requests ask for checks before the interval has passed.
@@ -54,6 +55,7 @@ pub(super) async fn watch<F: Future<Output = ReplicaState>>(
 
 /// Checks one replica over a connection that is kept for the next check.
 pub(super) struct Checker {
+    replica: Arc<Replica>,
     connection: ReplicaConnections,
     service: String,
     timeout: Duration,
@@ -63,6 +65,7 @@ impl Checker {
     pub(super) fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
         let settings = &replicas.settings;
         Self {
+            replica: Arc::clone(replica),
             connection: ReplicaConnections::to_health(replicas, replica),
             service: settings.health_service.clone(),
             timeout: settings.connect_timeout,
@@ -79,7 +82,12 @@ impl Checker {
 
     /// Returns `None` if the connection was lost.
     async fn once(&self) -> Option<ReplicaState> {
-        let Ok(http2) = self.connection.get().await else { return Some(ReplicaState::Unreachable) };
+        let http2 = match self.connection.get().await {
+            Ok(http2) => http2,
+            // The check did not take place.
+            Err(error) if is_exhaustion(&error) => return Some(self.replica.state()),
+            Err(_) => return Some(ReplicaState::Unreachable),
+        };
         let request = HealthCheckRequest { service: self.service.clone() };
         let (mut sender, method) = (http2.sender(), self.connection.method(CHECK));
         match timeout(self.timeout, grpc::unary::<HealthCheckResponse>(&mut sender, method, &request)).await {

@@ -38,7 +38,11 @@ pub(super) async fn keep(links: Arc<Links>, connected: oneshot::Sender<()>) {
         };
         let made = Instant::now();
         let Ok(http2) = links.connection(&replica).get().await else {
-            sleep(FIRST).await;
+            // The news tell when an unreachable replica is connected again, but not when this machine can connect again.
+            if !replica.is_unreachable() {
+                pause = (2 * pause).min(MOST);
+            }
+            sleep(if replica.is_unreachable() { FIRST } else { pause }).await;
             continue;
         };
         if let Some(connected) = connected.take() {

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     config,
+    endpoint::local_fault::is_exhaustion,
     metrics::EppConnections,
     server_tls::{self, Connectors},
 };
@@ -124,8 +125,11 @@ impl Replica {
         before
     }
 
-    /// Connecting failed. Until [`Self::reached`], no request connects.
+    /// Connecting failed. Until [`Self::reached`], no request connects. An exhausted machine says nothing about the replica.
     pub fn unreachable(&self, why: &Arc<io::Error>) {
+        if is_exhaustion(why) {
+            return;
+        }
         let mut kept = self.why_unreachable.lock();
         *kept = Some(Arc::clone(why));
         if !self.is_unreachable.swap(true, Relaxed) {

@@ -42,7 +42,7 @@ const CLOSE: Duration = Duration::from_secs(2);
 const END: Duration = Duration::from_secs(1);
 
 async fn connecting(connection: ReplicaConnections) -> Result<ReplicaStream, PickError> {
-    connection.stream().await.map_err(PickError::Connect)
+    connection.stream().await.map_err(PickError::not_connected)
 }
 
 fn lost(error: &h2::Error, loss: Loss, answered: bool) -> PickError {

@@ -1,8 +1,12 @@
-//! Tests of the number of connections to a replica, against servers that take few streams on each.
+//! Tests of the number of connections to a replica, against servers that take few streams on each, and of how they are made.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, pin::pin};
 
-use tokio::{net::TcpListener, time::timeout};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    time::timeout,
+};
 
 use super::*;
 use crate::{
@@ -42,7 +46,7 @@ async fn server(streams: u32) -> SocketAddr {
 }
 
 /// Connections to this server, and the metrics that count them.
-fn connections_to(server: SocketAddr, idle: Duration) -> (ReplicaConnections, Arc<Metrics>) {
+fn connections_to(server: &impl ToString, idle: Duration) -> (ReplicaConnections, Arc<Metrics>) {
     let metrics = Metrics::new(&["gpu".to_owned()]);
     let epp = Epp { tls: ServerTls::Off, ..Epp::new(server.to_string()) };
     let replicas = Arc::new(Replicas::new(&epp).unwrap().counted(metrics.pool(0).epp_connections()));
@@ -69,7 +73,7 @@ impl ReplicaConnections {
 
 #[tokio::test]
 async fn there_are_at_most_64_connections_and_further_streams_are_queued() {
-    let (connection, metrics) = connections_to(server(2).await, IDLE);
+    let (connection, metrics) = connections_to(&server(2).await, IDLE);
     let mut streams = Vec::new();
     for number in 0..2 * MAX_CONNECTIONS + 5 {
         let stream = soon(connection.stream()).await.unwrap();
@@ -87,7 +91,7 @@ async fn there_are_at_most_64_connections_and_further_streams_are_queued() {
 #[tokio::test]
 async fn idle_connections_are_closed_except_one() {
     let idle = Duration::from_millis(50);
-    let (connection, metrics) = connections_to(server(1).await, idle);
+    let (connection, metrics) = connections_to(&server(1).await, idle);
     let mut streams = Vec::new();
     for _ in 0..4 {
         streams.push(soon(connection.stream()).await.unwrap());
@@ -110,7 +114,7 @@ async fn idle_connections_are_closed_except_one() {
 #[tokio::test]
 async fn connection_that_ends_is_not_counted_as_open() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (connection, metrics) = connections_to(listener.local_addr().unwrap(), IDLE);
+    let (connection, metrics) = connections_to(&listener.local_addr().unwrap(), IDLE);
     let accepting = async { h2::server::handshake(listener.accept().await.unwrap().0).await.unwrap() };
     let (server, stream) = soon(async { tokio::join!(accepting, connection.stream()) }).await;
     let server: h2::server::Connection<_, Bytes> = server;
@@ -118,4 +122,44 @@ async fn connection_that_ends_is_not_counted_as_open() {
     drop(server);
     until(|| counted(&metrics) == [0, 1]).await;
     drop(stream);
+}
+
+#[tokio::test]
+async fn full_backlog_of_a_unix_socket_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("epp.sock");
+    let address = SockAddr::unix(&path).unwrap();
+    let socket = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket
+    };
+    let listener = socket();
+    listener.bind(&address).unwrap();
+    listener.listen(0).unwrap();
+    let mut waiting = Vec::new();
+    let full = loop {
+        let client = socket();
+        match client.connect(&address) {
+            Ok(()) => waiting.push(client),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    let (connections, metrics) = connections_to(&format!("unix:{}", path.display()), IDLE);
+    let mut connecting = pin!(connections.get());
+    let early = timeout(Duration::from_millis(200), &mut connecting).await;
+    assert!(early.is_err(), "{:?}", early.map(Result::err));
+    assert!(!connections.0.replica.is_unreachable());
+    let listener = UnixListener::from_std(listener.into()).unwrap();
+    let accepting = async {
+        for _ in &waiting {
+            listener.accept().await.unwrap();
+        }
+        h2::server::handshake(listener.accept().await.unwrap().0).await.unwrap()
+    };
+    let (server, connected) = soon(async { tokio::join!(accepting, connecting) }).await;
+    let _server: h2::server::Connection<_, Bytes> = server;
+    connected.unwrap();
+    assert!(!metrics.encode().contains("penstock_local_faults_total{"));
 }

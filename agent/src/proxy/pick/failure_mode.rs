@@ -55,7 +55,7 @@ fn ends_request(failure: &PickFailure, mode: FailureMode, open_on_deadline: bool
         PickFailure::Epp(Held) if !open_on_deadline => true,
         PickFailure::Epp(
             // The EPP could not be asked, or the stream was lost.
-            Unresolved(_) | NoReplica(_) | Connect(_) | NotTaken(_) | Reset { .. } | Stalled
+            Unresolved(_) | NoReplica(_) | Connect(_) | LocalFault(_) | NotTaken(_) | Reset { .. } | Stalled
             // It did not answer in time, or ended the stream instead.
             | Deadline | Held | Status { .. } | ClosedWithoutPick
             // Its answer cannot be used.

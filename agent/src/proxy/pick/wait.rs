@@ -14,7 +14,8 @@ use crate::{
     upload::Upload,
 };
 
-/// The first and the longest pause before an unavailable EPP is asked again. In the default time a request asks it nine times.
+/// The first and the longest pause before an EPP is asked again that is unavailable or could not be connected. In the default time a
+/// request asks it nine times.
 const FIRST: Duration = Duration::from_millis(50);
 const MOST: Duration = Duration::from_millis(250);
 
@@ -52,7 +53,7 @@ impl<'a> Wait<'a> {
     }
 
     /// Waits until a replica may serve, at most until `deadline`: until one is reachable, or for a pause if `error` came from one
-    /// that is. Returns false if none is in time, or if too many requests wait already.
+    /// that is, or from this machine. Returns false if none is in time, or if too many requests wait already.
     pub(super) async fn wait(
         &mut self,
         error: &PickError,
@@ -69,8 +70,11 @@ impl<'a> Wait<'a> {
             return Ok(false);
         };
         let _waiting = self.metrics.epp_waiting();
-        let pause = error.is_unavailable().then(|| self.next_pause());
         let replicas = self.replicas;
+        // No news tell when an unavailable EPP serves again, or when this machine can connect to a replica that is not unreachable.
+        let is_reachable = || replicas.snapshot().replicas.iter().any(|replica| !replica.is_unreachable());
+        let pauses = error.is_unavailable() || (error.is_unconnected() && is_reachable());
+        let pause = pauses.then(|| self.next_pause());
         let mut may_serve = pin!(async {
             if let Some(pause) = pause {
                 sleep(pause).await;
