@@ -59,16 +59,19 @@ fn is_remote(ip: IpAddr) -> bool {
     }
 }
 
-/// The IPv4 address that an IPv6 address is routed to: IPv4-compatible, NAT64 (RFC 6052) and 6to4 (RFC 3056).
+/// The IPv4 address that an IPv6 address is routed to: IPv4-compatible, NAT64 (RFC 6052, and RFC 8215 with the suffix of a prefix of
+/// 96 bits), 6to4 (RFC 3056) and Teredo (RFC 4380, where the bits of the client's address are inverted).
 fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let of = |high: u16, low: u16| {
         let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
         Ipv4Addr::new(a, b, c, d)
     };
     match ip.segments() {
-        [0, 0, 0, 0, 0, 0, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => {
-            Some(of(high, low))
-        }
+        [0, 0, 0, 0, 0, 0, high, low]
+        | [0x64, 0xff9b, 0, 0, 0, 0, high, low]
+        | [0x64, 0xff9b, 1, _, _, _, high, low]
+        | [0x2002, high, low, ..] => Some(of(high, low)),
+        [0x2001, 0, .., high, low] => Some(of(!high, !low)),
         _ => None,
     }
 }
@@ -152,7 +155,13 @@ mod tests {
 
     #[test]
     fn on_admits_only_remote_addresses() {
-        for ip in ["10.0.0.1", "192.168.1.1", "100.64.0.1", "8.8.8.8", "fd00::1", "2001:db8::1", "64:ff9b::a00:1"] {
+        for ip in ["10.0.0.1", "192.168.1.1", "100.64.0.1", "8.8.8.8", "fd00::1", "2001:db8::1"] {
+            assert!(Passthrough::On.admits(ip.parse().unwrap()), "{ip}");
+        }
+        // Of 10.0.0.1.
+        for ip in
+            ["64:ff9b::a00:1", "64:ff9b:1::a00:1", "64:ff9b:1:2:3:4:a00:1", "2002:a00:1::", "2001:0:1:2::f5ff:fffe"]
+        {
             assert!(Passthrough::On.admits(ip.parse().unwrap()), "{ip}");
         }
         let kept = [
@@ -171,6 +180,10 @@ mod tests {
             "::ffff:169.254.169.254",
             "::127.0.0.1",
             "64:ff9b::169.254.169.254",
+            "64:ff9b:1::169.254.169.254",
+            "64:ff9b:1:fffe:a:b:127.0.0.1",
+            "2001:0:102:304:8000:1:5601:5601",
+            "2001::80ff:fffe",
             "2002:a9fe:a9fe::1",
             "fd00:ec2::254",
         ];
