@@ -3,7 +3,10 @@
 
 use std::io::Write as _;
 
-use flate2::{Compression, write::GzEncoder};
+use flate2::{
+    Compression,
+    write::{DeflateEncoder, GzEncoder, ZlibEncoder},
+};
 use penstock_agent::config::{Config, MissingModel, SteeringMode};
 use penstock_tests::{
     Client, ModelServer, Request, Response, Stage,
@@ -21,6 +24,20 @@ const MODEL: &str = "llama-3.1-8b";
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// The content coding `deflate`.
+fn zlib(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = ZlibEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// Without the header of zlib, as some senders understand `deflate`.
+fn deflate(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::default());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap()
 }
@@ -62,9 +79,13 @@ fn unchanged(response: &Response, coding: &str, body: &[u8]) {
 #[tokio::test]
 async fn coded_body_is_routed_by_model_and_forwarded_unchanged() {
     let (agent, servers) = routed(true, |_| {}).await;
-    let rows: [(&str, Vec<u8>, bool); 10] = [
+    let rows: [(&str, Vec<u8>, bool); 14] = [
         ("gzip", GZIP.to_vec(), true),
         ("x-gzip", GZIP.to_vec(), true),
+        ("deflate", zlib(&json(MODEL, 100)), true),
+        ("deflate", deflate(&json(MODEL, 100)), true),
+        ("deflate", zlib(&json("another", 100)), false),
+        ("deflate, gzip", gzip(&zlib(&json(MODEL, 100))), true),
         ("GZIP", GZIP.to_vec(), true),
         ("br", BROTLI.to_vec(), true),
         ("zstd", ZSTD.to_vec(), true),
@@ -93,7 +114,8 @@ async fn coded_body_is_routed_by_model_and_forwarded_unchanged() {
 async fn unreadable_coded_body_with_model_route_is_rejected() {
     let (agent, servers) = routed(true, |config| config.limits.decoded_body_bytes = 100_000).await;
     let bomb = gzip(&[&br#"{"model":"m","prompt":""#[..], &[b' '; 1 << 20], b"\"}"].concat());
-    let rows: [(&str, Vec<u8>, u16, &str); 9] = [
+    let rows: [(&str, Vec<u8>, u16, &str); 10] = [
+        ("deflate", GZIP.to_vec(), 400, "coded_body"),
         ("compress", json(MODEL, 10), 415, "content_coding"),
         ("gzip, aes128gcm", GZIP.to_vec(), 415, "content_coding"),
         ("gzip, gzip, gzip, gzip", GZIP.to_vec(), 415, "content_coding"),
