@@ -1,6 +1,7 @@
 //! HTTP/2 endpoints: shared connections, their stream limits, and requests that they refuse unprocessed.
 
 mod lasting;
+mod lengths;
 mod retried;
 mod uploads;
 
