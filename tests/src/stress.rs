@@ -65,7 +65,9 @@ pub(crate) fn local_modes() -> Vec<SteeringMode> {
     all.filter(|mode| *mode != SteeringMode::Wire).collect()
 }
 
-pub(crate) fn mode_name(mode: SteeringMode) -> String {
+/// As in the configuration.
+#[must_use]
+pub fn mode_name(mode: SteeringMode) -> String {
     mode.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
