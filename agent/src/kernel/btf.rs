@@ -87,6 +87,8 @@ struct Btf<'a> {
     strings: &'a [u8],
     /// Start of each type in `types`; ids begin at 1.
     starts: Vec<usize>,
+    /// Ids of structs and enumerations.
+    searched: Vec<u32>,
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -104,14 +106,17 @@ impl<'a> Btf<'a> {
             bytes.get(start..start + u32_at(bytes, len)? as usize)
         };
         let (types, strings) = (section(8, 12)?, section(16, 20)?);
-        let mut starts = Vec::new();
+        let (mut starts, mut searched) = (Vec::new(), Vec::new());
         let mut at = 0;
         while at < types.len() {
             starts.push(at);
             let info = u32_at(types, at + 4)?;
-            let members = (info & 0xffff) as usize;
+            let (kind, members) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
+            if matches!(kind, KIND_STRUCT | KIND_ENUM) {
+                searched.push(starts.len() as u32);
+            }
             at += 12
-                + match info >> 24 & 0x1f {
+                + match kind {
                     KIND_INT | KIND_VAR | KIND_DECL_TAG => 4,
                     KIND_ARRAY => 12,
                     KIND_STRUCT | KIND_UNION | KIND_DATASEC | KIND_ENUM64 => members * 12,
@@ -119,12 +124,12 @@ impl<'a> Btf<'a> {
                     _ => 0,
                 };
         }
-        Some(Self { types, strings, starts })
+        Some(Self { types, strings, starts, searched })
     }
 
-    fn name(&self, offset: u32) -> &'a [u8] {
-        let rest = self.strings.get(offset as usize..).unwrap_or_default();
-        rest.split(|&b| b == 0).next().unwrap_or_default()
+    fn is_named(&self, offset: u32, name: &str) -> bool {
+        let rest = self.strings.get(offset as usize..).and_then(|rest| rest.strip_prefix(name.as_bytes()));
+        rest.is_some_and(|rest| rest.first() == Some(&0))
     }
 
     fn info(&self, id: u32) -> Option<(usize, u32)> {
@@ -132,12 +137,11 @@ impl<'a> Btf<'a> {
         Some((start, u32_at(self.types, start + 4)?))
     }
 
-    /// Ids of the types of this kind and name; a forward declaration may share the name.
+    /// Ids of the structs or enumerations of this name; several types may share it.
     fn named(&self, kind: u32, name: &'static str) -> impl Iterator<Item = u32> {
-        (1..=self.starts.len() as u32).filter(move |&id| {
+        self.searched.iter().copied().filter(move |&id| {
             self.info(id).is_some_and(|(start, info)| {
-                info >> 24 & 0x1f == kind
-                    && u32_at(self.types, start).is_some_and(|offset| self.name(offset) == name.as_bytes())
+                info >> 24 & 0x1f == kind && u32_at(self.types, start).is_some_and(|offset| self.is_named(offset, name))
             })
         })
     }
@@ -146,7 +150,7 @@ impl<'a> Btf<'a> {
     fn value(&self, id: u32, name: &str) -> Option<u32> {
         let (start, info) = self.info(id)?;
         (0..(info & 0xffff) as usize).map(|n| start + 12 + n * 8).find_map(|at| {
-            let is_it = self.name(u32_at(self.types, at)?) == name.as_bytes();
+            let is_it = self.is_named(u32_at(self.types, at)?, name);
             if is_it { u32_at(self.types, at + 4) } else { None }
         })
     }
@@ -162,11 +166,11 @@ impl<'a> Btf<'a> {
         (0..(info & 0xffff) as usize).find_map(|n| {
             let at = start + 12 + n * 12;
             let offset = u32_at(self.types, at + 8)? & mask;
-            match self.name(u32_at(self.types, at)?) {
-                b"" => self.member(u32_at(self.types, at + 4)?, name, depth + 1).map(|inner| offset + inner),
-                found if found == name.as_bytes() => Some(offset),
-                _ => None,
+            let found = u32_at(self.types, at)?;
+            if self.is_named(found, "") {
+                return self.member(u32_at(self.types, at + 4)?, name, depth + 1).map(|inner| offset + inner);
             }
+            if self.is_named(found, name) { Some(offset) } else { None }
         })
     }
 }
