@@ -28,8 +28,10 @@ use cluster::Cluster;
 pub struct Faults {
     /// Answers every request with this status.
     pub status: Option<u16>,
-    /// Answers requests for these resources, such as `pods`, with 403.
+    /// Answers requests whose path ends with one of these, such as `pods` or `models/pods`, with 403.
     pub forbidden: &'static [&'static str],
+    /// Answers requests whose path contains one of these with 404, as if its CRD were not installed.
+    pub missing: &'static [&'static str],
     /// Says that a version is gone by an event of the watch instead of by the status.
     pub gone_as_event: bool,
     /// Watches are silent and never end, as if their connection had died without a sign.
@@ -38,8 +40,21 @@ pub struct Faults {
     pub cut_in_line: bool,
     /// Sends answers in pieces of seven bytes with this pause.
     pub pace: Option<Duration>,
+    /// How watches fail.
+    pub watches: Option<WatchFault>,
+    /// Answers lists of this resource after this time.
+    pub slow_lists: Option<(&'static str, Duration)>,
     /// Most objects of a page, below what the client asks for.
     pub page: Option<usize>,
+}
+
+/// How a watch fails.
+#[derive(Clone, Copy, Debug)]
+pub enum WatchFault {
+    /// It is answered with this status, after this time.
+    Refused(u16, Duration),
+    /// It is accepted and ends at once.
+    Ended,
 }
 
 struct State {

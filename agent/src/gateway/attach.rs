@@ -86,7 +86,8 @@ impl GatewayListener {
         let is_http = |kind: &RouteKind| kind.group.as_deref().unwrap_or(GROUP) == GROUP && kind.kind == "HTTPRoute";
         let selected = || {
             let found = namespaces.iter().find(|one| one.metadata.name == namespace);
-            found.is_some_and(|found| allowed.namespaces.selector.holds(&found.metadata.labels))
+            let selector = allowed.namespaces.selector.as_ref();
+            found.zip(selector).is_some_and(|(found, selector)| selector.holds(&found.metadata.labels))
         };
         let from = match allowed.namespaces.from.as_deref() {
             None | Some("Same") => namespace == gateway.namespace,

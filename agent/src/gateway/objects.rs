@@ -71,7 +71,8 @@ pub(super) struct AllowedRoutes {
 pub(super) struct RouteNamespaces {
     /// `Same` if absent.
     pub(super) from: Option<String>,
-    pub(super) selector: Selector,
+    /// Without one, `Selector` selects nothing.
+    pub(super) selector: Option<Selector>,
 }
 
 #[derive(Debug, Clone, Deserialize)]

@@ -66,13 +66,22 @@ pub(super) struct ObjectWatch<K> {
 pub(super) struct Aimed<K> {
     /// The last one whose objects are known.
     current: Option<ObjectWatch<K>>,
-    /// The one that will replace it.
-    next: Option<ObjectWatch<K>>,
+    next: Next<K>,
+}
+
+/// What will replace a watch.
+#[derive(Default)]
+enum Next<K> {
+    /// It stays.
+    #[default]
+    Same,
+    Nothing,
+    Watch(ObjectWatch<K>),
 }
 
 impl<K> Default for Aimed<K> {
     fn default() -> Self {
-        Self { current: None, next: None }
+        Self { current: None, next: Next::Same }
     }
 }
 
@@ -81,24 +90,49 @@ impl<K: Object + PartialEq> Aimed<K> {
         self.aim_keeping(watcher, query, || None);
     }
 
-    /// As [`aim`](Self::aim), for a watch that keeps some objects.
+    /// As [`aim`](Self::aim), for a watch that keeps some objects. The objects are those of this query as soon as they are known.
     pub(super) fn aim_keeping(
         &mut self,
         watcher: &Watcher,
         query: Option<Query>,
         keep: impl FnOnce() -> Option<KeepFilter<K>>,
     ) {
-        let Some(query) = query else {
-            *self = Self::default();
-            return;
-        };
-        if self.current.as_ref().is_some_and(|current| current.query == query) {
-            self.next = None;
-        } else if self.next.as_ref().is_none_or(|next| next.query != query) {
-            self.next = Some(watcher.begin_keeping(query, keep()));
+        self.prepare(watcher, query, keep);
+        if self.is_ready() {
+            self.settle();
         }
-        if self.next.as_ref().is_some_and(|next| next.store.all().is_some()) {
-            self.current = self.next.take();
+    }
+
+    /// Begins to read the objects of this query. Those of the previous one are used until [`settle`](Self::settle).
+    pub(super) fn prepare(
+        &mut self,
+        watcher: &Watcher,
+        query: Option<Query>,
+        keep: impl FnOnce() -> Option<KeepFilter<K>>,
+    ) {
+        let stays = self.current.as_ref().map(|current| &current.query) == query.as_ref();
+        self.next = match (query, std::mem::take(&mut self.next)) {
+            _ if stays => Next::Same,
+            (None, _) => Next::Nothing,
+            (Some(query), Next::Watch(next)) if next.query == query => Next::Watch(next),
+            (Some(query), _) => Next::Watch(watcher.begin_keeping(query, keep())),
+        };
+    }
+
+    /// Whether the objects of the last query are known.
+    pub(super) fn is_ready(&self) -> bool {
+        match &self.next {
+            Next::Same | Next::Nothing => true,
+            Next::Watch(next) => next.store.is_known(),
+        }
+    }
+
+    /// From now on the objects are those of the last query.
+    pub(super) fn settle(&mut self) {
+        match std::mem::take(&mut self.next) {
+            Next::Same => {}
+            Next::Nothing => self.current = None,
+            Next::Watch(next) => self.current = Some(next),
         }
     }
 

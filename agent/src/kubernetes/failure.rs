@@ -48,6 +48,8 @@ impl Failure {
                 ("not_found", format!("{found}, expected the CRD to be installed{said}"))
             }
             410 => ("gone", format!("cannot {verb} {resource}: the version is too old")),
+            // What the client makes of an event that it cannot read.
+            0 => ("malformed", format!("cannot read the reply to {verb} {resource}{said}")),
             code => ("refused", format!("cannot {verb} {resource}: the API server answered {code}{said}")),
         };
         Self { reason, text, is_gone: status.code == 410 }
@@ -90,8 +92,8 @@ mod tests {
         let failure = |code, verb| Failure::status(&status(code), verb, &query);
         let text = failure(403, "watch").to_string();
         assert!(text.contains("not permitted to watch pods in namespace models"), "{text}");
-        let reasons = [401, 403, 404, 410, 500].map(|code| failure(code, "list").reason);
-        assert_eq!(reasons, ["unauthorized", "forbidden", "not_found", "gone", "refused"]);
+        let reasons = [401, 403, 404, 410, 0, 500].map(|code| failure(code, "list").reason);
+        assert_eq!(reasons, ["unauthorized", "forbidden", "not_found", "gone", "malformed", "refused"]);
         assert!(failure(410, "list").is_gone && !failure(500, "list").is_gone);
     }
 }

@@ -62,8 +62,8 @@ impl Follower {
                     (InferencePool::Absent, 0)
                 }
                 Some(pool) => {
-                    parts.aim(self, pool.spec.as_ref().ok());
-                    let Some(translated) = parts.translate(namespace, pool) else { continue };
+                    parts.aim(self, pool);
+                    let Some(translated) = parts.translate(namespace) else { continue };
                     translated
                 }
             };
@@ -83,14 +83,18 @@ impl Follower {
 /// What an InferencePool refers to.
 #[derive(Default)]
 struct ReferredObjects {
+    /// The last one for which everything has been read. A change of what it refers to is used as a whole: neither the Pods of one
+    /// selector at the ports of another one, nor the name of one EPP with the replicas of another one.
+    settled: Option<InferencePoolObject>,
     pods: Aimed<Pod>,
     service: Aimed<Service>,
     slices: Aimed<EndpointSlice>,
 }
 
 impl ReferredObjects {
-    /// Watches what `spec` refers to. Nothing if it is invalid.
-    fn aim(&mut self, follower: &Follower, spec: Option<&PoolSpec>) {
+    /// Watches what the pool refers to. Nothing if it is invalid.
+    fn aim(&mut self, follower: &Follower, pool: &InferencePoolObject) {
+        let spec = pool.spec.as_ref().ok();
         let namespace = &follower.named.namespace;
         let labels = |spec: &PoolSpec| {
             let labels = spec.selector.iter().map(|(key, value)| (key.as_str(), value.as_str()));
@@ -101,13 +105,20 @@ impl ReferredObjects {
         let slices =
             epp.map(|epp| Query::labelled(query::ENDPOINT_SLICES, namespace, [(SERVICE_NAME, epp.name.as_str())]));
         let watcher = &follower.watcher;
-        self.pods.aim(watcher, spec.map(labels));
-        self.service.aim(watcher, service);
-        self.slices.aim(watcher, slices);
+        self.pods.prepare(watcher, spec.map(labels), || None);
+        self.service.prepare(watcher, service, || None);
+        self.slices.prepare(watcher, slices, || None);
+        if self.pods.is_ready() && self.service.is_ready() && self.slices.is_ready() {
+            self.pods.settle();
+            self.service.settle();
+            self.slices.settle();
+            self.settled = Some(pool.clone());
+        }
     }
 
-    /// The pool and the number of its endpoints that were left out. None until everything has been read.
-    fn translate(&self, namespace: &str, pool: &InferencePoolObject) -> Option<(InferencePool, usize)> {
+    /// The pool and the number of its endpoints that were left out. None until everything of one state has been read.
+    fn translate(&self, namespace: &str) -> Option<(InferencePool, usize)> {
+        let pool = self.settled.as_ref()?;
         let needs = |of: fn(&PoolSpec) -> bool| pool.spec.as_ref().is_ok_and(of);
         let pods = if needs(|_| true) { self.pods.objects()? } else { Vec::new() };
         let has_epp = needs(|spec| spec.epp.is_some());

@@ -185,7 +185,7 @@ fn labels(selector: &Value) -> Result<BTreeMap<String, String>, String> {
 pub(super) struct Pod {
     pub(super) name: String,
     pub(super) version: String,
-    /// None until it has one.
+    /// None until it has one, and once its containers have ended for good: the address may then be that of another Pod.
     pub(super) ip: Option<IpAddr>,
     pub(super) is_ready: bool,
     /// It is being deleted.
@@ -212,6 +212,7 @@ struct RawPodSpec {
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct RawPodStatus {
+    phase: String,
     #[serde(rename = "podIP")]
     pod_ip: Option<String>,
     conditions: Vec<RawCondition>,
@@ -226,11 +227,12 @@ struct RawCondition {
 
 impl From<RawPod> for Pod {
     fn from(RawPod { mut metadata, spec, status }: RawPod) -> Self {
+        let has_ended = matches!(status.phase.as_str(), "Failed" | "Succeeded");
         Self {
             zone: metadata.labels.remove(ZONE),
             name: metadata.name,
             version: metadata.resource_version,
-            ip: status.pod_ip.and_then(|ip| ip.parse().ok()),
+            ip: status.pod_ip.filter(|_| !has_ended).and_then(|ip| ip.parse().ok()),
             is_ready: status.conditions.iter().any(|one| one.kind == "Ready" && one.status == "True"),
             is_terminating: metadata.deletion_timestamp.is_some(),
             node: spec.node_name,
@@ -245,7 +247,23 @@ pub(super) struct Service {
     pub(super) version: String,
     /// It stands for a DNS name outside of the cluster.
     pub(super) is_external: bool,
+    /// Those for TCP.
     pub(super) ports: Vec<ServicePort>,
+}
+
+/// A port with its protocol. A Service may have the same number for several protocols.
+#[derive(Deserialize)]
+struct RawProtocolPort<P> {
+    /// TCP if absent.
+    protocol: Option<String>,
+    #[serde(flatten)]
+    port: P,
+}
+
+/// The ports for TCP.
+fn tcp<P>(ports: Vec<RawProtocolPort<P>>) -> Vec<P> {
+    let is_tcp = |port: &RawProtocolPort<P>| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
+    ports.into_iter().filter(is_tcp).map(|raw| raw.port).collect()
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -268,13 +286,13 @@ struct RawService {
 struct RawServiceSpec {
     #[serde(rename = "type")]
     kind: String,
-    ports: Vec<ServicePort>,
+    ports: Vec<RawProtocolPort<ServicePort>>,
 }
 
 impl From<RawService> for Service {
     fn from(RawService { metadata, spec }: RawService) -> Self {
         let is_external = spec.kind == "ExternalName";
-        Self { name: metadata.name, version: metadata.resource_version, is_external, ports: spec.ports }
+        Self { name: metadata.name, version: metadata.resource_version, is_external, ports: tcp(spec.ports) }
     }
 }
 
@@ -284,6 +302,7 @@ impl From<RawService> for Service {
 pub(super) struct EndpointSlice {
     pub(super) name: String,
     pub(super) version: String,
+    /// Those for TCP.
     pub(super) ports: Vec<SlicePort>,
     /// The addresses of ready endpoints. All of one slice have the same ports.
     pub(super) ready: Vec<IpAddr>,
@@ -300,7 +319,7 @@ struct RawSlice {
     metadata: Metadata,
     /// Null in an empty list.
     endpoints: Option<Vec<RawEndpoint>>,
-    ports: Option<Vec<SlicePort>>,
+    ports: Option<Vec<RawProtocolPort<SlicePort>>>,
 }
 
 #[derive(Deserialize)]
@@ -323,7 +342,7 @@ impl From<RawSlice> for EndpointSlice {
         // A slice of DNS names has no address that can be parsed.
         let address = |endpoint: RawEndpoint| endpoint.addresses.first()?.parse().ok();
         let ready = raw.endpoints.unwrap_or_default().into_iter().filter(is_ready).filter_map(address).collect();
-        let ports = raw.ports.unwrap_or_default();
+        let ports = tcp(raw.ports.unwrap_or_default());
         Self { name: raw.metadata.name, version: raw.metadata.resource_version, ports, ready }
     }
 }

@@ -71,6 +71,11 @@ impl<K: Object + PartialEq> Store<K> {
         known.len()
     }
 
+    /// Whether there was a complete list.
+    pub(super) fn is_known(&self) -> bool {
+        self.objects.lock().is_some()
+    }
+
     /// All objects by key, or None before the first complete list.
     pub(super) fn all(&self) -> Option<Vec<K>> {
         self.objects.lock().as_ref().map(|objects| objects.values().cloned().collect())
@@ -92,9 +97,9 @@ mod tests {
     #[test]
     fn objects_are_unknown_until_a_list_is_complete() {
         let store = store();
-        assert_eq!(store.all(), None);
+        assert_eq!((store.all(), store.is_known()), (None, false));
         assert_eq!(store.replace(Vec::new()), (0, 0));
-        assert_eq!(store.all(), Some(Vec::new()));
+        assert_eq!((store.all(), store.is_known()), (Some(Vec::new()), true));
         assert_eq!(store.apply(service(1)), (1, false));
         assert_eq!((store.remove("s2"), store.remove("s1")), (1, 0));
     }

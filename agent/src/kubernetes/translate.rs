@@ -63,7 +63,7 @@ fn service(objects: &Objects<'_>, epp: &EppRef) -> Result<EppService, String> {
         ));
     }
     let named = service.ports.iter().find(|one| one.port == *port).map(|one| one.name.as_str());
-    let named = named.ok_or_else(|| format!("the Service {namespace}/{name} of the EPP has no port {port}"))?;
+    let named = named.ok_or_else(|| format!("the Service {namespace}/{name} of the EPP has no TCP port {port}"))?;
     let mut replicas: Vec<_> = objects.slices.iter().flat_map(|slice| replicas(slice, named)).collect();
     replicas.sort_unstable();
     replicas.dedup();

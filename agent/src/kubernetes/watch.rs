@@ -26,8 +26,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// Pauses after failures: the first, and the longest.
 const FIRST: Duration = Duration::from_millis(200);
 const MOST: Duration = Duration::from_secs(15);
-/// A watch that lasts this long is renewed at once.
-const STABLE: Duration = Duration::from_secs(1);
+/// A watch that stays open this long works, and is renewed at once. Shorter than the shortest time that is asked for.
+const STABLE: Duration = Duration::from_millis(500);
 /// Failures in a row after which the version may be what is wrong, so that a list is needed.
 const MOST_FAILURES: u32 = 3;
 
@@ -73,7 +73,7 @@ async fn keep<K: Object + PartialEq>(source: &WatchParameters, store: &Store<K>,
                 }
                 let (count, left_out) = store.replace(objects);
                 report.counted(count, left_out > 0);
-                report.works();
+                report.metrics.synced();
                 watch_from(version, source, store, &mut report, &mut pause).await;
             }
             Err(failure) => report.failed(&failure),
@@ -92,26 +92,30 @@ async fn watch_from<K: Object + PartialEq>(
 ) {
     let mut failures = 0;
     loop {
-        let begun = Instant::now();
-        let ended = source.watch(&mut version, store, report).await.unwrap_or_else(WatchEnded::Failed);
-        let is_stable = begun.elapsed() >= STABLE;
+        let (begun, mut works) = (Instant::now(), false);
+        let ended = source.watch(&mut version, store, report, &mut works).await.unwrap_or_else(WatchEnded::Failed);
+        let is_stable = works && begun.elapsed() >= STABLE;
         if is_stable {
             pause.reset();
+        }
+        if works {
             failures = 0;
         }
-        match ended {
+        let failure = match ended {
             WatchEnded::Closed if is_stable => continue,
-            WatchEnded::Closed => {}
+            WatchEnded::Closed if works => None,
+            WatchEnded::Closed => Some(source.closed()),
             WatchEnded::Stale(failure) => {
                 report.failed(&failure);
                 return;
             }
-            WatchEnded::Failed(failure) => {
-                report.failed(&failure);
-                failures += 1;
-                if failures == MOST_FAILURES {
-                    return;
-                }
+            WatchEnded::Failed(failure) => Some(failure),
+        };
+        if let Some(failure) = failure {
+            report.failed(&failure);
+            failures += 1;
+            if failures == MOST_FAILURES {
+                return;
             }
         }
         sleep(pause.next()).await;
@@ -158,12 +162,14 @@ impl WatchParameters {
         }
     }
 
-    /// Applies changes to the store until the watch ends. `version` is then that of the last change.
+    /// Applies changes to the store until the watch ends. `version` is then that of the last change, and `works` says whether an event
+    /// came or the watch stayed open: a server may accept a watch and end it at once, each time.
     async fn watch<K: Object + PartialEq>(
         &self,
         version: &mut String,
         store: &Store<K>,
         report: &mut Report<'_>,
+        works: &mut bool,
     ) -> Result<WatchEnded, Failure> {
         let failed = |error: &kube::Error| Failure::new(error, "watch", &self.query);
         let request = self.query.watch(version, self.lasts);
@@ -173,15 +179,21 @@ impl WatchParameters {
             Ok(events) => events,
             Err(error) => return Ok(self.broken(&error)),
         };
-        report.works();
         let mut events = pin!(events);
         loop {
-            let event = timeout(self.lasts + SILENCE, events.try_next()).await;
-            let event = match event.map_err(|_| Failure::timed_out("watch", &self.query))? {
-                Ok(Some(event)) => event,
-                Ok(None) => return Ok(WatchEnded::Closed),
-                Err(error) => return Ok(self.broken(&error)),
+            let limit = if *works { self.lasts + SILENCE } else { STABLE };
+            let event = match timeout(limit, events.try_next()).await {
+                Ok(Ok(Some(event))) => Some(event),
+                Ok(Ok(None)) => return Ok(WatchEnded::Closed),
+                Ok(Err(error)) => return Ok(self.broken(&error)),
+                Err(_) if *works => return Err(Failure::timed_out("watch", &self.query)),
+                Err(_) => None,
             };
+            let is_error = matches!(event, Some(WatchEvent::Error(_)));
+            if !is_error && !std::mem::replace(works, true) {
+                report.works();
+            }
+            let Some(event) = event else { continue };
             report.metrics.synced();
             match event {
                 WatchEvent::Added(mut object) | WatchEvent::Modified(mut object) => {
@@ -199,6 +211,10 @@ impl WatchParameters {
                 }
             }
         }
+    }
+
+    fn closed(&self) -> Failure {
+        Failure::other("closed", format!("the API server ended the watch of {} at once", self.query.resource))
     }
 
     fn broken(&self, error: &kube::Error) -> WatchEnded {

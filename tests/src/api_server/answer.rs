@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{State, cluster::Selection};
+use super::{State, WatchFault, cluster::Selection};
 
 pub(super) struct Request {
     pub(super) method: String,
@@ -15,6 +15,8 @@ pub(super) struct Request {
 pub(super) enum Answer {
     Whole(u16, Value),
     Watch(Watch),
+    /// A watch that was accepted and is over.
+    EndedWatch,
 }
 
 /// A watch that was accepted.
@@ -45,6 +47,18 @@ const SERVED: [&str; 8] =
 pub(super) const GONE: &str = "too old resource version";
 
 impl State {
+    /// How long the answer to a request takes.
+    pub(super) fn delay(&self, request: &Request) -> Duration {
+        let faults = self.faults.lock();
+        let is_watch = request.target.contains("watch=true");
+        let is_of = |plural: &str| request.target.contains(&format!("/{plural}?"));
+        match (is_watch, faults.watches, faults.slow_lists) {
+            (true, Some(WatchFault::Refused(_, delay)), _) => delay,
+            (false, _, Some((plural, delay))) if is_of(plural) => delay,
+            _ => Duration::ZERO,
+        }
+    }
+
     pub(super) fn answer(&self, request: &Request) -> Answer {
         let faults = self.faults.lock().clone();
         let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
@@ -52,7 +66,10 @@ impl State {
         if let Some(code) = faults.status {
             return failure(code, "InternalError", "the server fails");
         }
-        if faults.forbidden.contains(&plural) {
+        if faults.missing.iter().any(|part| path.contains(part)) {
+            return failure(404, "NotFound", "the server could not find the requested resource");
+        }
+        if faults.forbidden.iter().any(|end| path.ends_with(&format!("/{end}"))) {
             return failure(403, "Forbidden", &format!("{plural} is forbidden: User \"u\" cannot get it"));
         }
         if request.method == "POST" && plural == "selfsubjectaccessreviews" {
@@ -75,6 +92,11 @@ impl State {
         };
         let number = |name: &str| parameter(name).and_then(|value| value.parse::<u64>().ok());
         if parameter("watch") == Some("true") {
+            match faults.watches {
+                Some(WatchFault::Refused(code, _)) => return failure(code, "Timeout", "the server refuses to watch"),
+                Some(WatchFault::Ended) => return Answer::EndedWatch,
+                None => {}
+            }
             let version = number("resourceVersion").unwrap_or_default();
             let is_gone = !self.cluster.lock().remembers(version);
             if is_gone && !faults.gone_as_event {

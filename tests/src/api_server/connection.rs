@@ -20,13 +20,20 @@ pub(super) async fn serve(mut stream: TcpStream, state: Arc<State>) {
     let mut read = Vec::new();
     while let Ok(Some(request)) = request(&mut stream, &mut read).await {
         // From before the request counts, so that a cut after that ends the watch.
-        let news = state.news.subscribe();
+        let mut news = state.news.subscribe();
+        let begun = *news.borrow_and_update();
         state.requests.lock().push(format!("{} {}", request.method, request.target));
         let pace = state.faults.lock().pace;
+        sleep(state.delay(&request)).await;
         let mut writer = Writer { stream: &mut stream, pace };
         let written = match state.answer(&request) {
             Answer::Whole(code, body) => writer.whole(code, &body).await,
-            Answer::Watch(watch) => writer.watch(watch, &state, news).await,
+            Answer::EndedWatch => {
+                let head =
+                    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n";
+                writer.bytes(head).await
+            }
+            Answer::Watch(watch) => writer.watch(watch, &state, begun, news).await,
         };
         if written.is_err() {
             return;
@@ -88,9 +95,14 @@ impl Writer<'_> {
     }
 
     /// Sends events until the watch has lasted its time. Fails if the connection is to be closed.
-    async fn watch(&mut self, mut watch: Watch, state: &State, mut news: Receiver<News>) -> io::Result<()> {
+    async fn watch(
+        &mut self,
+        mut watch: Watch,
+        state: &State,
+        begun: News,
+        mut news: Receiver<News>,
+    ) -> io::Result<()> {
         let end = Instant::now() + watch.lasts;
-        let begun = *news.borrow_and_update();
         let mut bookmarks = begun.bookmarks;
         self.bytes(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n").await?;
         if watch.is_gone {

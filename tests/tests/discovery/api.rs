@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use penstock_tests::TestAgent;
-use penstock_tests::api_server::{Faults, objects};
+use penstock_tests::api_server::{Faults, WatchFault, objects};
 use penstock_tests::eventually;
 
 use crate::SOON;
@@ -158,6 +158,47 @@ async fn errors_of_the_server_keep_the_pool() {
     scene.api.delete(PODS, objects::NAMESPACE, "one");
     scene.api.fail(Faults::default());
     until_endpoints(&agent, 1).await;
+}
+
+/// Watches fail for ever: lists tell what has changed, and the metrics say that no watch runs.
+async fn lists_replace_watches(fault: WatchFault, reason: &str) {
+    let scene = Scene::new().await;
+    let agent = scene.agent().await;
+    eventually(SOON, || watch(&agent, "watch_up", PODS) == 1).await;
+    scene.api.fail(Faults { watches: Some(fault), ..Faults::default() });
+    scene.api.cut();
+    // No watch runs any more.
+    eventually(SOON, || failures(&agent, PODS, reason) >= 1).await;
+    scene.api.delete(PODS, objects::NAMESPACE, "one");
+    until_endpoints(&agent, 1).await;
+    assert!(watch(&agent, "relists_total", PODS) >= 1, "only a list can tell");
+    assert_eq!((answering(&agent).await, watch(&agent, "watch_up", PODS)), (vec![scene.two.addr], 0));
+    scene.api.fail(Faults::default());
+    eventually(SOON, || watch(&agent, "watch_up", PODS) == 1).await;
+}
+
+#[tokio::test]
+async fn watches_that_are_refused_slowly_lead_to_another_list() {
+    lists_replace_watches(WatchFault::Refused(504, Duration::from_millis(1200)), "refused").await;
+}
+
+#[tokio::test]
+async fn watches_that_end_at_once_lead_to_another_list() {
+    lists_replace_watches(WatchFault::Ended, "closed").await;
+}
+
+#[tokio::test]
+async fn event_that_cannot_be_read_counts_as_malformed() {
+    let scene = Scene::new().await;
+    let agent = scene.agent().await;
+    let mut pod = scene.pod_one();
+    pod["status"]["conditions"] = "no list".into();
+    scene.api.apply(pod);
+    eventually(SOON, || failures(&agent, PODS, "malformed") >= 1).await;
+    assert_eq!(failures(&agent, PODS, "refused"), 0);
+    assert_eq!(answering(&agent).await, [scene.one.addr, scene.two.addr]);
+    scene.api.apply(scene.pod_one());
+    eventually(SOON, || watch(&agent, "watch_up", PODS) == 1).await;
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Pools that are InferencePools: a whole agent against an API server over HTTP, with steering off.
 
 mod api;
+mod changes;
 mod doctor;
 mod epp;
 mod gateway;

@@ -28,6 +28,24 @@ async fn ready_pods_of_the_selector_are_the_endpoints() {
     assert_eq!(answering(&agent).await, [scene.two.addr, three.addr]);
 }
 
+/// A Pod that was evicted keeps its address and its conditions, and another Pod may have got the address.
+#[tokio::test]
+async fn pod_that_has_ended_is_no_endpoint() {
+    let scene = Scene::new().await;
+    let agent = scene.agent().await;
+    for phase in ["Failed", "Succeeded"] {
+        let mut ended = scene.pod_one();
+        ended["status"]["phase"] = phase.into();
+        for pod in [ended.clone(), terminating(ended)] {
+            scene.api.apply(scene.pod_one());
+            eventually(SOON, || endpoints(&agent, "ready") == 2).await;
+            scene.api.apply(pod);
+            eventually(SOON, || endpoints(&agent, "ready") == 1).await;
+            assert_eq!((answering(&agent).await, endpoints(&agent, "draining")), (vec![scene.two.addr], 0), "{phase}");
+        }
+    }
+}
+
 /// A response from the first model server that is running while `change` happens to its Pod.
 async fn stream_continues(change: impl FnOnce(Value) -> Option<Value>, left: (u64, u64)) {
     let scene = Scene::new().await;

@@ -133,6 +133,8 @@ fn only_allowed_namespaces_kinds_and_parents_attach() {
         (selector(json!({ "matchLabels": { "team": "red" } })), [true, false]),
         (selector(json!({ "matchLabels": { "team": "blue" } })), [false, false]),
         (selector(json!({})), [true, true]),
+        (json!({ "namespaces": { "from": "Selector" } }), [false, false]),
+        (selector(json!(null)), [false, false]),
         (expression("In", json!(["blue", "red"])), [true, false]),
         (expression("NotIn", json!(["blue"])), [true, true]),
         (expression("NotIn", json!(["red"])), [false, true]),

@@ -123,9 +123,19 @@ fn pods_are_reduced_to_address_readiness_and_place() {
     let node = json!({ "nodeName": "n1", "containers": [{ "name": "c" }] });
     assert_eq!(pod(labels.clone(), node.clone(), ready.clone()), whole);
     let deleted = json!({ "deletionTimestamp": "2026-01-01T00:00:00Z", "labels": labels["labels"] });
-    assert_eq!(pod(deleted, node, ready), Pod { is_terminating: true, ..whole.clone() });
+    assert_eq!(pod(deleted.clone(), node.clone(), ready.clone()), Pod { is_terminating: true, ..whole.clone() });
     for conditions in [conditions("False"), conditions("Unknown"), json!([])] {
         assert!(!pod(json!({}), json!({}), json!({ "conditions": conditions })).is_ready, "{conditions}");
+    }
+    for (phase, ip) in
+        [("Pending", whole.ip), ("Running", whole.ip), ("Unknown", whole.ip), ("Failed", None), ("Succeeded", None)]
+    {
+        // The condition may be stale, and the address that of another Pod.
+        let mut status = ready.clone();
+        status["phase"] = phase.into();
+        for metadata in [labels.clone(), deleted.clone()] {
+            assert_eq!(pod(metadata, node.clone(), status.clone()).ip, ip, "{phase}");
+        }
     }
     let new = pod(json!({}), json!({}), json!({}));
     assert_eq!(new, Pod { ip: None, is_ready: false, node: None, zone: None, ..whole });
@@ -149,7 +159,11 @@ fn services_and_slices_are_reduced_to_ports_and_ready_addresses() {
     let slice: EndpointSlice = serde_json::from_value(json!({
         "metadata": { "name": "epp-1", "labels": { "kubernetes.io/service-name": "epp" } },
         "addressType": "IPv4",
-        "ports": [{ "name": "grpc", "port": 9102, "protocol": "TCP" }],
+        "ports": [
+            { "name": "grpc", "port": 9103, "protocol": "UDP" },
+            { "name": "grpc", "port": 9104, "protocol": "SCTP" },
+            { "name": "grpc", "port": 9102, "protocol": "TCP" },
+        ],
         "endpoints": [
             { "addresses": ["10.0.1.1", "10.0.9.9"], "conditions": { "ready": true } },
             { "addresses": ["10.0.1.2"], "conditions": { "ready": false, "serving": true, "terminating": true } },

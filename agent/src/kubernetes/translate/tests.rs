@@ -117,6 +117,13 @@ fn replicas_are_the_ready_addresses_at_the_port_with_the_services_name() {
     assert_eq!(replicas, ["10.0.1.1:9102", "10.0.1.1:9202", "10.0.1.2:9102", "[fd00::1]:9202"]);
     let none = usable(&pool, &[], Some(&service), &[]).epp.unwrap();
     assert!(none.replicas.is_empty(), "an EPP without a ready replica is not an invalid reference");
+    // The same number for another protocol is another port.
+    let service = epp_service(&json!([
+        { "name": "quic", "port": 9002, "protocol": "UDP" },
+        { "name": "grpc", "port": 9002, "protocol": "TCP" },
+    ]));
+    let found = usable(&pool, &[], Some(&service), &slices[..1]);
+    assert_eq!(found.epp.unwrap().replicas.len(), 2);
     // The only port of a Service needs no name.
     let service = epp_service(&json!([{ "port": 9002 }]));
     let found = usable(&pool, &[], Some(&service), &[slice("epp-1", "", 9102, &["10.0.1.1"])]);
@@ -127,10 +134,12 @@ fn replicas_are_the_ready_addresses_at_the_port_with_the_services_name() {
 fn reference_that_leads_nowhere_makes_the_pool_invalid() {
     let pool_with = |port: u16| pool(&json!({ "endpointPickerRef": { "name": "epp", "port": { "number": port } } }));
     let service = epp_service(&json!([{ "name": "grpc", "port": 9002 }]));
+    let udp = epp_service(&json!([{ "name": "quic", "port": 9002, "protocol": "UDP" }]));
     let external = Service { is_external: true, ..service.clone() };
     let cases = [
         (invalid(&pool_with(9002), None), "the Service n/epp of the EPP does not exist"),
-        (invalid(&pool_with(9003), Some(&service)), "the Service n/epp of the EPP has no port 9003"),
+        (invalid(&pool_with(9003), Some(&service)), "the Service n/epp of the EPP has no TCP port 9003"),
+        (invalid(&pool_with(9002), Some(&udp)), "the Service n/epp of the EPP has no TCP port 9002"),
         (
             invalid(&pool_with(9002), Some(&external)),
             "the Service n/epp of the EPP has the type ExternalName, which is not supported",
