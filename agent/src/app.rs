@@ -4,6 +4,7 @@
 //! [`Agent::start`], before a request is accepted. Workers, the admin server and the kernel events run on their own
 //! threads. An agent that takes over from another one starts without accepting, by [`Agent::start_waiting`].
 
+mod listening;
 mod outlive;
 mod sockets;
 mod workers;
@@ -21,8 +22,9 @@ use caps::errors::CapsError;
 use parking_lot::Mutex;
 
 use self::{
+    listening::{Listening, worker_count},
     sockets::Sockets,
-    workers::{WorkerGates, WorkerThread},
+    workers::{Spawner, WorkerGates, WorkerThread},
 };
 use crate::{
     admin::{self, AdminHandle, Inside},
@@ -57,16 +59,15 @@ pub struct Agent {
     admin: AdminHandle,
     /// The service manager has the admin socket, too.
     admin_held: bool,
-    /// The sockets for clients.
-    sockets: Mutex<Sockets>,
+    listening: Mutex<Listening>,
+    room: Arc<Room>,
+    /// Held during a reload.
+    reloading: Mutex<()>,
     /// What the sockets that this agent took over from another one are for.
     taken: Vec<Role>,
-    workers: Vec<WorkerThread>,
     /// Keeps adopted flows.
     keeper: Option<JoinHandle<()>>,
     watch: PanicWatch,
-    address: SocketAddr,
-    tls_address: Option<SocketAddr>,
     ladder: Ladder,
     /// Flows of path `wire` are left to the next agent at the stop.
     leaves: bool,
@@ -93,10 +94,7 @@ impl Agent {
     pub(crate) fn start_waiting(file: Config, probe: Probe, mut inherited: Inherited) -> Result<Self> {
         let known = kubernetes::last_known(&file);
         let config = inference_pools::merged(&file, &known);
-        let count = match config.listen.workers {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            count => count,
-        };
+        let count = worker_count(&config.listen);
         reserve::raise_limit();
         let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
@@ -121,20 +119,22 @@ impl Agent {
         let services = capability::with(&[], || Services::start(file, known, metrics, &readiness, own, &watch))?;
         let Services { live, kubernetes, exporter, certificate } = services;
         let shared = live.shared();
-        let room = Room::new(config.listen.max_connections, count);
+        let room = Room::new(config.listen.max_connections);
         shared.metrics.set_connections_limit(config.listen.max_connections);
         let status = ladder.lines().into_iter().chain(no_spill(&config.limits)).chain(privileges.lines()).collect();
         let steering = ladder.steering();
         let flows = steering.wire().map(|wire| wire.flows());
         let admin = capability::with(&[], || start_admin(admin, &live, &readiness, &room, status, flows, &watch))?;
 
-        supervise(&steering, &sockets, &shared.metrics, &watch)?;
+        supervise(&steering, &mut sockets, &shared.metrics, &watch)?;
         if let Some(certificate) = certificate {
             let http2 = config.listen.http2_max_streams > 0;
             sockets.secure(certificate.acceptor(http2, config.listen.tls_handshakes)?);
         }
-        let (address, tls_address) = (sockets.address(), sockets.tls_address());
-        let workers = workers::start(gates, &live, &steering, &room, &watch)?;
+        let updates = live.updates();
+        let mut spawner = Spawner { updates, steering, room: Arc::clone(&room), watch: watch.clone(), next: 0 };
+        let workers = gates.into_iter().map(|gates| spawner.start(gates)).collect::<io::Result<_>>()?;
+        let listening = Listening::new(sockets, workers, spawner, !ladder.forces_buffers);
         let keeper = keeper.map(|keeper| outlive::keep(keeper, live.updates(), watch.clone())).transpose()?;
         // Threads that this one starts at a later reload have no capabilities either.
         let _ = capability::keep(&[]);
@@ -145,13 +145,12 @@ impl Agent {
             readiness,
             admin,
             admin_held,
-            sockets: Mutex::new(sockets),
+            listening: Mutex::new(listening),
+            room,
+            reloading: Mutex::default(),
             taken,
-            workers,
             keeper,
             watch,
-            address,
-            tls_address,
             ladder,
             leaves,
             exporter,
@@ -160,22 +159,18 @@ impl Agent {
 
     /// Begins to accept connections.
     pub(crate) fn accept(&self) -> Result<()> {
-        let listeners = self.sockets.lock().listen(self.workers.len()).context("cannot listen")?;
-        for (worker, listeners) in self.workers.iter().zip(listeners) {
-            // A worker that has failed has no use for them.
-            listeners.into_iter().for_each(|listener| drop(worker.listeners.send(listener)));
-        }
+        let mut listening = self.listening.lock();
+        listening.accept().context("cannot listen")?;
         self.admin.accept();
-        let (address, tls, admin) =
-            (self.address, self.tls_address.map(tracing::field::display), self.admin.local_addr());
-        let workers = self.workers.len();
+        let (address, workers, admin) = (listening.address(), listening.workers(), self.admin.local_addr());
+        let tls = listening.tls_address().map(tracing::field::display);
         tracing::info!(%address, tls, %admin, workers, "penstock {}", env!("CARGO_PKG_VERSION"));
         Ok(())
     }
 
     /// Duplicates of the listening sockets, for the agent after this one.
     pub(crate) fn passed(&self) -> io::Result<(Vec<Passed>, Loan)> {
-        let (mut passed, loan) = self.sockets.lock().passed()?;
+        let (mut passed, loan) = self.listening.lock().passed()?;
         let admin = self.admin.socket()?.map(|socket| Passed { role: Role::Admin, held: self.admin_held, socket });
         passed.extend(admin);
         Ok((passed, loan))
@@ -188,7 +183,7 @@ impl Agent {
 
     /// Leaves the sockets of `roles` to the agent after this one: accepts no more connections from them, and does not close them.
     pub(crate) fn hand_over(&self, roles: &[Role]) {
-        self.sockets.lock().release(roles);
+        self.listening.lock().release(roles);
         if roles.contains(&Role::Admin) {
             self.admin.release();
         }
@@ -196,17 +191,17 @@ impl Agent {
 
     /// The longest time that a worker has not come round to its own work, which it does every second.
     pub(crate) fn silence(&self) -> Duration {
-        self.workers.iter().map(WorkerThread::silence).max().unwrap_or_default()
+        self.listening.lock().silence()
     }
 
     /// The address of the plain listener, with the port that was bound.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.listening.lock().address()
     }
 
     /// The address of the TLS listener, if there is one.
     pub fn tls_address(&self) -> Option<SocketAddr> {
-        self.tls_address
+        self.listening.lock().tls_address()
     }
 
     /// The address of the admin listener, with the port that was bound.
@@ -238,9 +233,34 @@ impl Agent {
     /// configuration they began with. Returns an error and changes nothing if `config` changes a setting that needs a
     /// restart. Blocks until the previous background threads have ended.
     pub fn reload(&self, config: Config) -> Result<(), ReloadError> {
-        let wanted = Wanted::of(&config);
+        let _alone = self.reloading.lock();
+        let outcome = self.apply(config);
+        self.metrics().reloaded(if outcome.is_ok() { "applied" } else { "refused" });
+        outcome
+    }
+
+    fn apply(&self, config: Config) -> Result<(), ReloadError> {
+        let (wanted, limit) = (Wanted::of(&config), config.listen.max_connections);
         let has_gateway = config.kubernetes.gateway.is_some();
-        self.live.reload(config)?;
+        self.live.needs_restart(&config)?;
+        // Bound first, because the configuration is not known to work before. No lock is held while it changes, which may take long.
+        let change = self.listening.lock().prepare(&config.listen).map_err(ReloadError::Listen)?;
+        let own = Sockets::own_after(&change, self.admin.local_addr());
+        let before = (self.live.file(), self.live.shared().own.clone());
+        self.live.reload(config, own)?;
+        let applied = self.listening.lock().apply(change);
+        if let Err(error) = applied {
+            let (config, own) = before;
+            self.live.reload(config, own)?;
+            return Err(ReloadError::Listen(error));
+        }
+        self.room.set_limit(limit);
+        self.metrics().set_connections_limit(limit);
+        self.follow(wanted, has_gateway)
+    }
+
+    /// Has the discovery watch what the configuration names.
+    fn follow(&self, wanted: Wanted, has_gateway: bool) -> Result<(), ReloadError> {
         let mut kubernetes = self.kubernetes.lock();
         match &*kubernetes {
             Some(running) => running.follow(wanted),
@@ -262,7 +282,7 @@ impl Agent {
     /// Stops accepting connections; running requests may finish.
     pub fn drain(&self) {
         self.leave();
-        self.sockets.lock().close();
+        self.listening.lock().close();
         self.live.shared().draining.cancel();
         if let Some(wire) = self.ladder.steering().wire().filter(|_| self.leaves) {
             wire.leave();
@@ -277,8 +297,7 @@ impl Agent {
 
     /// Whether every worker has ended.
     pub fn is_done(&self) -> bool {
-        let workers = self.workers.iter().all(WorkerThread::is_finished);
-        workers && self.keeper.as_ref().is_none_or(JoinHandle::is_finished)
+        self.listening.lock().is_done() && self.keeper.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Whether a worker or another thread failed. The agent is then unready and should be drained.
@@ -297,7 +316,8 @@ impl Agent {
     }
 
     fn join_workers(&mut self) {
-        self.workers.drain(..).for_each(WorkerThread::join);
+        let workers = self.listening.lock().take_workers();
+        workers.into_iter().for_each(WorkerThread::join);
         if let Some(keeper) = self.keeper.take() {
             // Its panic has been logged already.
             let _ = keeper.join();
@@ -378,7 +398,12 @@ fn start_admin(
 }
 
 /// Lets `watch` see the threads that steering has started and `metrics` its slots, and prepares the sockets for steered connections.
-fn supervise(steering: &SteeringSupport, sockets: &Sockets, metrics: &Metrics, watch: &PanicWatch) -> io::Result<()> {
+fn supervise(
+    steering: &SteeringSupport,
+    sockets: &mut Sockets,
+    metrics: &Metrics,
+    watch: &PanicWatch,
+) -> io::Result<()> {
     if let SteeringSupport::Active(kernel) = steering {
         kernel.events().watch(watch.clone());
         let slots = Arc::downgrade(kernel.slots());

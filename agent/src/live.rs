@@ -12,11 +12,12 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::{
-    config::{Config, InferencePoolRef},
+    config::{Config, InferencePoolRef, SteeringMode},
     control::{self, Control},
     dns::DnsResolver,
     endpoint::discovery::Discovery,
     inference_pools::{self, InferencePool, Known, KnownPools, Wanted},
+    listeners::Listeners,
     panics::PanicWatch,
     picker::{
         replica::Replicas,
@@ -33,6 +34,8 @@ pub struct Live {
     shared: watch::Sender<Arc<Shared>>,
     certificate: Option<Arc<Certificate>>,
     watch: PanicWatch,
+    /// The mode for which kernel programs were loaded.
+    started: SteeringMode,
     /// Held while the configuration changes.
     parts: Mutex<LiveParts>,
 }
@@ -65,8 +68,9 @@ impl Live {
     ) -> Result<Arc<Self>> {
         inference_pools::fill(&shared, &known.pools);
         let background = start_background(&shared, &[], certificate.as_ref(), Some(readiness), watch)?;
+        let started = file.steering.mode;
         let parts = Mutex::new(LiveParts { file, known, background: Some(background), retired: Vec::new() });
-        Ok(Arc::new(Self { shared: watch::Sender::new(shared), certificate, watch: watch.clone(), parts }))
+        Ok(Arc::new(Self { shared: watch::Sender::new(shared), certificate, watch: watch.clone(), started, parts }))
     }
 
     /// Receives every new state.
@@ -89,26 +93,26 @@ impl Live {
         self.parts.lock().known.clone()
     }
 
-    /// Puts another configuration of the file in force. Changes nothing if that needs a restart. Blocks until the previous
-    /// background threads have ended.
-    pub fn reload(&self, file: Config) -> Result<(), ReloadError> {
-        let mut parts = self.parts.lock();
-        let outcome = self.reload_parts(&mut parts, file);
-        self.shared().metrics.reloaded(if outcome.is_ok() { "applied" } else { "refused" });
-        outcome
+    /// Fails if `file` changes settings that need a restart, and names them.
+    pub fn needs_restart(&self, file: &Config) -> Result<(), ReloadError> {
+        let fixed = reload::needs_restart(self.started, &self.parts.lock().file, file);
+        if fixed.is_empty() { Ok(()) } else { Err(ReloadError::NeedsRestart(fixed)) }
     }
 
-    fn reload_parts(&self, parts: &mut LiveParts, file: Config) -> Result<(), ReloadError> {
-        let fixed = reload::needs_restart(&parts.file, &file);
-        if !fixed.is_empty() {
-            return Err(ReloadError::NeedsRestart(fixed));
-        }
+    /// Puts another configuration of the file in force, under which the agent listens at `own`. Changes nothing if that needs a
+    /// restart. Blocks until the previous background threads have ended.
+    pub fn reload(&self, file: Config, own: Listeners) -> Result<(), ReloadError> {
+        self.needs_restart(&file)?;
+        self.reload_parts(&mut self.parts.lock(), file, own)
+    }
+
+    fn reload_parts(&self, parts: &mut LiveParts, file: Config, own: Listeners) -> Result<(), ReloadError> {
         let mut known = parts.known.clone();
         let Wanted { sections, .. } = Wanted::of(&file);
         known.selected.retain(|section, _| sections.contains(section));
         let used = inference_pools::used(&file, &known);
         known.pools.retain(|pool, _| used.contains(pool));
-        self.put(parts, inference_pools::merged(&file, &known), &known.pools)?;
+        self.put(parts, inference_pools::merged(&file, &known), &known.pools, own)?;
         (parts.file, parts.known) = (file, known);
         Ok(())
     }
@@ -149,7 +153,7 @@ impl Live {
             inference_pools::fill(&shared, &known.pools);
             inference_pools::fill_retired(&shared, &in_use(&parts.retired), &known.pools);
         } else {
-            let outcome = self.put(parts, config, &known.pools);
+            let outcome = self.put(parts, config, &known.pools, shared.own.clone());
             shared.metrics.reloaded(if outcome.is_ok() { "discovered" } else { "refused" });
             outcome?;
         }
@@ -157,9 +161,15 @@ impl Live {
         Ok(())
     }
 
-    fn put(&self, parts: &mut LiveParts, config: Config, known: &KnownPools) -> Result<(), ReloadError> {
+    fn put(
+        &self,
+        parts: &mut LiveParts,
+        config: Config,
+        known: &KnownPools,
+        own: Listeners,
+    ) -> Result<(), ReloadError> {
         let before = self.shared();
-        let shared = Arc::new(before.after(config).map_err(ReloadError::Pools)?);
+        let shared = Arc::new(before.after(config).map_err(ReloadError::Pools)?.listening(own));
         parts.retire(&before, &shared);
         let retired = in_use(&parts.retired);
         // Until the next tasks run, requests leave connecting to them.

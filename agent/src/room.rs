@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::RwLock;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
     time::timeout,
@@ -25,9 +26,11 @@ const WAIT: Duration = Duration::from_millis(250);
 /// The limit that all workers share.
 pub struct Room {
     places: Arc<Semaphore>,
-    limit: usize,
-    /// One per worker.
-    workers_idle: Vec<WorkerIdle>,
+    limit: AtomicUsize,
+    /// Connections beyond a limit that was lowered: as many places do not become free again.
+    excess: AtomicUsize,
+    /// One per worker that has begun.
+    workers_idle: RwLock<Vec<Arc<WorkerIdle>>>,
 }
 
 #[derive(Default)]
@@ -43,35 +46,75 @@ struct WorkerIdle {
 pub type Place = OwnedSemaphorePermit;
 
 impl Room {
-    pub fn new(limit: usize, workers: usize) -> Arc<Self> {
-        let workers_idle = (0..workers).map(|_| WorkerIdle::default()).collect();
-        Arc::new(Self { places: Arc::new(Semaphore::new(limit)), limit, workers_idle })
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self {
+            places: Arc::new(Semaphore::new(limit)),
+            limit: AtomicUsize::new(limit),
+            excess: AtomicUsize::new(0),
+            workers_idle: RwLock::default(),
+        })
+    }
+
+    /// Changes the limit. Connections beyond it stay. Must not be called by two threads at once.
+    pub fn set_limit(&self, limit: usize) {
+        let before = self.limit.swap(limit, Relaxed);
+        let more = limit.saturating_sub(before);
+        let excess = self.excess.fetch_update(Relaxed, Relaxed, |excess| Some(excess.saturating_sub(more)));
+        self.places.add_permits(more - excess.unwrap_or_else(|excess| excess).min(more));
+        let fewer = before.saturating_sub(limit);
+        self.excess.fetch_add(fewer - self.places.forget_permits(fewer), Relaxed);
     }
 
     /// The connection count for `/readyz?verbose`.
     pub fn describe(&self) -> String {
-        let free = self.places.available_permits();
+        let (free, limit) = (self.places.available_permits(), self.limit.load(Relaxed));
         let full = if free == 0 { ", full: new connections are refused unless an idle one can be closed" } else { "" };
-        format!("connections: {} of {}{full}", self.limit - free, self.limit)
+        format!("connections: {} of {limit}{full}", (limit + self.excess.load(Relaxed)).saturating_sub(free))
     }
 
     pub fn try_enter(&self) -> Option<Place> {
-        Arc::clone(&self.places).try_acquire_owned().ok()
+        loop {
+            let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
+            if let Some(place) = self.within_limit(place) {
+                return Some(place);
+            }
+        }
+    }
+
+    /// Waits for a free place. Cancel-safe.
+    async fn entered(&self) -> Option<Place> {
+        loop {
+            let place = Arc::clone(&self.places).acquire_owned().await.ok()?;
+            if let Some(place) = self.within_limit(place) {
+                return Some(place);
+            }
+        }
+    }
+
+    /// Removes the place if there are more than the limit.
+    fn within_limit(&self, place: Place) -> Option<Place> {
+        if self.excess.fetch_update(Relaxed, Relaxed, |excess| excess.checked_sub(1)).is_err() {
+            return Some(place);
+        }
+        place.forget();
+        None
     }
 }
 
 /// The idle connections of one worker.
 pub struct Idle {
     room: Arc<Room>,
-    worker: usize,
+    own: Arc<WorkerIdle>,
     next: Cell<u64>,
     /// Longest idle first.
     connections: RefCell<BTreeMap<u64, Rc<Notify>>>,
 }
 
 impl Idle {
-    pub fn new(room: Arc<Room>, worker: usize) -> Rc<Self> {
-        Rc::new(Self { room, worker, next: Cell::new(0), connections: RefCell::default() })
+    pub fn new(room: Arc<Room>) -> Rc<Self> {
+        let own = Arc::<WorkerIdle>::default();
+        room.workers_idle.write().push(Arc::clone(&own));
+        Rc::new(Self { room, own, next: Cell::new(0), connections: RefCell::default() })
     }
 
     pub fn room(&self) -> &Room {
@@ -86,7 +129,7 @@ impl Idle {
         if !self.make_room() {
             return None;
         }
-        timeout(WAIT, Arc::clone(&self.room.places).acquire_owned()).await.ok()?.ok()
+        timeout(WAIT, self.room.entered()).await.ok()?
     }
 
     /// Asks for one idle connection to be closed, which takes a moment. Returns false if no worker has one.
@@ -94,8 +137,9 @@ impl Idle {
         if self.close_oldest() {
             return true;
         }
-        let workers = self.room.workers_idle.iter();
-        let most = workers.max_by_key(|worker| worker.idle.load(Relaxed).saturating_sub(worker.wanted.load(Relaxed)));
+        let workers = self.room.workers_idle.read();
+        let most =
+            workers.iter().max_by_key(|worker| worker.idle.load(Relaxed).saturating_sub(worker.wanted.load(Relaxed)));
         let Some(worker) = most.filter(|worker| worker.idle.load(Relaxed) > worker.wanted.load(Relaxed)) else {
             return false;
         };
@@ -123,7 +167,13 @@ impl Idle {
     }
 
     fn own(&self) -> &WorkerIdle {
-        &self.room.workers_idle[self.worker]
+        &self.own
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        self.room.workers_idle.write().retain(|worker| !Arc::ptr_eq(worker, &self.own));
     }
 }
 
@@ -203,8 +253,8 @@ mod tests {
 
     #[tokio::test]
     async fn full_room_closes_the_longest_idle_connection() {
-        let room = Room::new(2, 1);
-        let idle = Idle::new(Arc::clone(&room), 0);
+        let room = Room::new(2);
+        let idle = Idle::new(Arc::clone(&room));
         let [one, two] = [IdleState::new(&idle), IdleState::new(&idle)];
         let places = [idle.enter().await.unwrap(), idle.enter().await.unwrap()];
         assert!(idle.enter().await.is_none(), "both connections have a request");
@@ -224,8 +274,8 @@ mod tests {
 
     #[tokio::test]
     async fn idle_connection_of_another_worker_is_closed() {
-        let room = Room::new(1, 2);
-        let [here, there] = [0, 1].map(|worker| Idle::new(Arc::clone(&room), worker));
+        let room = Room::new(1);
+        let [here, there] = [(); 2].map(|()| Idle::new(Arc::clone(&room)));
         let other = IdleState::new(&there);
         let place = there.enter().await.unwrap();
         assert!(here.enter().await.is_none());
@@ -241,5 +291,33 @@ mod tests {
         };
         assert!(entered.is_some());
         assert!(here.enter().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn changed_limit_applies_to_connections_that_begin_later() {
+        let room = Room::new(3);
+        let mut places: Vec<_> = (0..3).map(|_| room.try_enter().unwrap()).collect();
+        room.set_limit(1);
+        assert_eq!(room.describe().split(',').next(), Some("connections: 3 of 1"));
+        for _ in 0..2 {
+            places.pop();
+            assert!(room.try_enter().is_none());
+        }
+        assert!(room.describe().contains("1 of 1"), "{}", room.describe());
+        places.pop();
+        places.extend(room.try_enter());
+        assert!(places.len() == 1 && room.try_enter().is_none());
+        // Raised while connections are beyond the limit.
+        room.set_limit(3);
+        places.extend([room.try_enter().unwrap(), room.try_enter().unwrap()]);
+        room.set_limit(0);
+        room.set_limit(2);
+        places.pop();
+        assert!(room.try_enter().is_none());
+        places.pop();
+        assert!(room.try_enter().is_some());
+        drop(places);
+        let all: Vec<_> = std::iter::from_fn(|| room.try_enter()).collect();
+        assert_eq!(all.len(), 2);
     }
 }

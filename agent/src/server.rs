@@ -54,8 +54,9 @@ pub enum Stop {
     Released,
 }
 
-/// Serves until drained: returns when the last connection has ended after `draining`, or when `force` aborts them all.
-/// `listeners` yields the sockets to accept from, also later ones. `idle` limits the connections, shared with the other workers.
+/// Serves until drained: returns when the last connection has ended after `draining` or after the end of `listeners`, or when `force`
+/// aborts them all. `listeners` yields the sockets to accept from, also later ones. `idle` limits the connections, shared with the
+/// other workers.
 /// `updates` yields the state after each reload. `pulse` is called about once a second.
 pub async fn serve(
     worker: Worker,
@@ -74,14 +75,18 @@ pub async fn serve(
             pulse();
         }
     };
+    let served = async {
+        accept_loop.accept_everywhere(listeners).await;
+        accept_loop.connections.close();
+        accept_loop.connections.wait().await;
+    };
     let serving = async {
+        // A worker without sockets still gets new configurations, and closes idle connections for others.
         tokio::select! {
-            () = accept_loop.accept_everywhere(listeners) => {}
+            () = served => {}
             () = follow(&current, updates) => {}
             () = current.idle.serve_others() => {}
         }
-        accept_loop.connections.close();
-        accept_loop.connections.wait().await;
         let worker = current.worker();
         let epps_finished = join_all(worker.epps.iter().flatten().map(|epp| epp.finished()));
         tokio::select! {
@@ -126,13 +131,18 @@ impl AcceptLoop {
         }
     }
 
-    /// Accepts from all of `listeners`. Returns after the agent has begun to drain and the last socket is closed.
+    /// Accepts from all of `listeners`. Returns after the agent has begun to drain, or `listeners` has ended, and the last socket is
+    /// closed.
     async fn accept_everywhere(&self, mut listeners: mpsc::UnboundedReceiver<Listener>) {
         let draining = self.current.worker().shared.draining.clone();
         let mut open = FuturesUnordered::new();
-        while !draining.is_cancelled() || !open.is_empty() {
+        let mut is_retired = false;
+        while !(draining.is_cancelled() || is_retired) || !open.is_empty() {
             tokio::select! {
-                Some(listener) = listeners.recv() => open.push(self.accept_until_stopped(listener)),
+                listener = listeners.recv(), if !is_retired => match listener {
+                    Some(listener) => open.push(self.accept_until_stopped(listener)),
+                    None => is_retired = true,
+                },
                 Some(()) = open.next() => {}
                 () = draining.cancelled(), if !draining.is_cancelled() => {}
                 else => {}

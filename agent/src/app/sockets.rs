@@ -4,6 +4,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
+    sync::{Arc, Weak},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -23,21 +24,44 @@ const BACKLOG: i32 = 4096;
 
 /// The sockets for clients.
 pub(super) struct Sockets {
-    plain: ListenGroup,
-    secured: Option<ListenGroup>,
+    /// The plain one first.
+    groups: Vec<ListenGroup>,
     /// To the agent after this one.
     lent: Lent,
+    /// See [`keep_account`](Self::keep_account).
+    keeps_account: bool,
+    /// Exists while a change is prepared that has further sockets.
+    pending: Weak<()>,
 }
 
 /// The sockets of one address: one per worker, or those that were inherited.
 struct ListenGroup {
     role: Role,
+    /// As in the configuration.
+    configured: SocketAddr,
+    /// As bound.
     address: SocketAddr,
     /// The service manager has them too: connections in their queues are left to the next agent.
     held: bool,
-    sockets: Vec<TcpListener>,
+    sockets: Vec<Arc<TcpListener>>,
     acceptor: Option<Acceptor>,
+    /// For the listeners that the workers have.
     stop: watch::Sender<Stop>,
+}
+
+/// The sockets of another configuration: present ones, and others that are bound and do not listen.
+pub(super) struct ListenChange {
+    groups: Vec<ListenGroup>,
+    pub workers: usize,
+    /// Until this is dropped, no other process gets sockets: it would not get all of them.
+    pending: Option<Arc<()>>,
+}
+
+impl ListenChange {
+    /// Whether it has the present sockets alone.
+    pub(super) fn is_empty(&self) -> bool {
+        self.pending.is_none()
+    }
 }
 
 impl Sockets {
@@ -45,74 +69,132 @@ impl Sockets {
     pub(super) fn open(listen: &Listen, count: usize, inherited: &mut Inherited) -> Result<Self> {
         let mut open = |role, address| {
             let passed = inherited.take(role, address);
+            if passed.is_empty() {
+                warn_if_shared(address);
+            }
             ListenGroup::open(role, address, count, passed).with_context(|| format!("cannot listen on {address}"))
         };
-        let plain = open(Role::Listen, listen.address)?;
-        let secured = listen.tls.as_ref().map(|tls| open(Role::Tls, tls.address)).transpose()?;
-        Ok(Self { plain, secured, lent: Lent::default() })
+        let mut groups = vec![open(Role::Listen, listen.address)?];
+        groups.extend(listen.tls.as_ref().map(|tls| open(Role::Tls, tls.address)).transpose()?);
+        Ok(Self { groups, lent: Lent::default(), keeps_account: false, pending: Weak::new() })
     }
 
     /// The addresses of the agent, with the ports that were bound.
     pub(super) fn own(&self, admin: &TcpListener) -> io::Result<Listeners> {
-        Ok(Listeners::new([self.address(), admin.local_addr()?].into_iter().chain(self.tls_address())))
+        Ok(own(&self.groups, admin.local_addr()?))
     }
 
     pub(super) fn address(&self) -> SocketAddr {
-        self.plain.address
+        self.plain().address
     }
 
     pub(super) fn tls_address(&self) -> Option<SocketAddr> {
-        self.secured.as_ref().map(|secured| secured.address)
+        self.groups.iter().find(|group| group.role == Role::Tls).map(|group| group.address)
     }
 
     /// Sets the send buffer that accepted connections inherit, so that workers do not need a capability to set it.
     pub(super) fn set_send_buffer(&self, bytes: u32) -> io::Result<()> {
-        self.plain.sockets.iter().try_for_each(|listener| socket::set_send_buffer(listener, bytes))
+        self.plain().sockets.iter().try_for_each(|listener| socket::set_send_buffer(listener, bytes))
     }
 
     /// Lets accepted connections inherit the account of their bytes. If such a connection comes from another agent on this machine,
     /// that agent knows from the start that its endpoint is an agent.
-    pub(super) fn keep_account(&self) -> io::Result<()> {
-        self.plain.sockets.iter().try_for_each(socket::keep_account)
+    pub(super) fn keep_account(&mut self) -> io::Result<()> {
+        self.keeps_account = true;
+        self.plain().keep_account()
     }
 
     /// Sets what makes the TLS listener's connections TLS.
     pub(super) fn secure(&mut self, acceptor: Acceptor) {
-        if let Some(secured) = &mut self.secured {
+        if let Some(secured) = self.groups.iter_mut().find(|group| group.role == Role::Tls) {
             secured.acceptor = Some(acceptor);
         }
     }
 
     /// Begins to listen, and returns the sockets of each of `count` workers.
     pub(super) fn listen(&self, count: usize) -> io::Result<Vec<Vec<Listener>>> {
-        let mut listeners: Vec<Vec<_>> = (0..count).map(|_| Vec::new()).collect();
-        for group in self.groups() {
-            for socket in &group.sockets {
-                socket2::SockRef::from(socket).listen(BACKLOG)?;
+        listen(&self.groups, count)
+    }
+
+    /// Binds what another configuration needs besides. `may_bind`: sockets bound now are as good as those bound at the start.
+    pub(super) fn prepare(&mut self, listen: &Listen, workers: usize, may_bind: bool) -> Result<ListenChange> {
+        let mut is_more = false;
+        let mut groups = Vec::with_capacity(self.groups.len());
+        for group in &self.groups {
+            let address = match (group.role, &listen.tls) {
+                (Role::Tls, Some(tls)) => tls.address,
+                _ => listen.address,
+            };
+            let next = if address == group.configured || group.held {
+                // What another process gets must be complete.
+                let may_add = may_bind && !group.held && !self.lent.is_lent();
+                group.with(if may_add { workers } else { 0 })
+            } else {
+                self.elsewhere(group, address, workers, may_bind)
+                    .with_context(|| format!("cannot listen on {address}"))?
+            };
+            if group.held && address != group.configured {
+                let used = group.address;
+                tracing::warn!(%address, %used, "cannot listen on another address than the service manager's socket has");
             }
-            for (worker, sockets) in listeners.iter_mut().zip(shares(group.sockets.len(), count)) {
-                for index in sockets {
-                    let socket = group.sockets[index].try_clone()?;
-                    worker.push(Listener { socket, tls: group.acceptor.clone(), stop: group.stop.subscribe() });
-                }
+            if self.keeps_account && group.role == Role::Listen {
+                // It only saves another agent an attempt.
+                let _ = next.keep_account();
             }
+            is_more |= next.sockets.len() > group.sockets.len() || !next.has_sockets_of(group);
+            groups.push(next);
         }
-        Ok(listeners)
+        let pending = is_more.then(|| Arc::new(()));
+        self.pending = pending.as_ref().map(Arc::downgrade).unwrap_or_default();
+        Ok(ListenChange { groups, workers, pending })
+    }
+
+    fn elsewhere(
+        &self,
+        group: &ListenGroup,
+        address: SocketAddr,
+        workers: usize,
+        may_bind: bool,
+    ) -> Result<ListenGroup> {
+        ensure!(may_bind, "its send buffers would need a capability that the agent has dropped");
+        ensure!(!self.lent.is_lent(), "another agent is taking the present sockets over");
+        if self.groups.iter().all(|group| group.address.port() != address.port()) {
+            warn_if_shared(address);
+        }
+        let next = ListenGroup::open(group.role, address, workers, Vec::new())?;
+        Ok(ListenGroup { acceptor: group.acceptor.clone(), ..next })
+    }
+
+    /// The addresses of the agent with `change`.
+    pub(super) fn own_after(change: &ListenChange, admin: SocketAddr) -> Listeners {
+        own(&change.groups, admin)
+    }
+
+    /// Listens with the sockets of `change`. Returns the sockets of each worker, and those before, to be dropped once the workers have
+    /// the others. Changes nothing if it fails.
+    pub(super) fn apply(&mut self, change: ListenChange) -> io::Result<(Vec<Vec<Listener>>, Replaced)> {
+        let listeners = listen(&change.groups, change.workers)?;
+        let groups = std::mem::replace(&mut self.groups, change.groups);
+        let is_kept = groups.iter().zip(&self.groups).map(|(before, after)| after.has_sockets_of(before)).collect();
+        Ok((listeners, Replaced { groups, is_kept }))
     }
 
     /// Duplicates for another process, which has them as long as the loan lasts.
     pub(super) fn passed(&self) -> io::Result<(Vec<Passed>, Loan)> {
+        if self.pending.strong_count() > 0 {
+            return Err(io::Error::other("the running agent is changing its sockets: start again after its reload"));
+        }
         let group = |group: &ListenGroup| {
-            let passed = |socket: &TcpListener| Passed::duplicate(group.role, group.held, socket);
+            let passed = |socket: &Arc<TcpListener>| Passed::duplicate(group.role, group.held, socket);
             group.sockets.iter().map(passed).collect::<Vec<_>>()
         };
-        let passed = self.groups().flat_map(group).collect::<io::Result<_>>()?;
+        let passed = self.groups.iter().flat_map(group).collect::<io::Result<_>>()?;
         Ok((passed, self.lent.lend()))
     }
 
     /// Leaves the sockets of `roles` to another process: stops accepting at once, and closes this process's descriptors.
     pub(super) fn release(&mut self, roles: &[Role]) {
-        for group in self.groups_mut().filter(|group| roles.contains(&group.role)) {
+        for group in self.groups.iter_mut().filter(|group| roles.contains(&group.role)) {
             group.stop.send_replace(Stop::Released);
             group.sockets.clear();
         }
@@ -122,45 +204,95 @@ impl Sockets {
     /// what waits in the queues.
     pub(super) fn close(&mut self) {
         let is_lent = self.lent.is_lent();
-        for group in self.groups_mut() {
-            let stop = if group.held || is_lent { Stop::Released } else { Stop::Closed };
-            group.stop.send_if_modified(|before| *before == Stop::No && std::mem::replace(before, stop) != stop);
+        for group in &mut self.groups {
+            group.stop(if group.held || is_lent { Stop::Released } else { Stop::Closed });
             group.sockets.clear();
         }
     }
 
-    fn groups(&self) -> impl Iterator<Item = &ListenGroup> {
-        [&self.plain].into_iter().chain(&self.secured)
+    fn plain(&self) -> &ListenGroup {
+        &self.groups[0]
     }
+}
 
-    fn groups_mut(&mut self) -> impl Iterator<Item = &mut ListenGroup> {
-        [&mut self.plain].into_iter().chain(&mut self.secured)
+/// The listeners that workers had before a change. Dropping it stops them, and closes sockets that are not used any more when the
+/// workers have accepted what waits in their queues.
+pub(super) struct Replaced {
+    groups: Vec<ListenGroup>,
+    /// For each group: the workers have other listeners of the same sockets.
+    is_kept: Vec<bool>,
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        for (group, is_kept) in self.groups.iter().zip(&self.is_kept) {
+            // Another process has none of those that are not kept, see `prepare`.
+            group.stop(if *is_kept { Stop::Released } else { Stop::Closed });
+        }
     }
 }
 
 impl ListenGroup {
     fn open(role: Role, address: SocketAddr, count: usize, passed: Vec<Passed>) -> io::Result<Self> {
-        let held = passed.iter().any(|one| one.held);
+        let (configured, held) = (address, passed.iter().any(|one| one.held));
         let mut sockets: Vec<TcpListener> = passed.into_iter().map(|one| one.socket).collect();
         sockets.iter().try_for_each(|socket| socket.set_nonblocking(true))?;
         if let Some(first) = sockets.first() {
             let address = first.local_addr()?;
             // The queues of a service manager's sockets outlive the agent; those of further ones would not.
             let missing = if held { 0 } else { count.saturating_sub(sockets.len()) };
-            match bind(address, missing) {
-                Ok(more) => sockets.extend(more),
-                // As if another user has opened those that were inherited.
-                Err(error) => {
-                    tracing::debug!(%address, %error, "cannot bind further sockets, workers share those inherited");
-                }
-            }
+            sockets.extend(further(address, missing));
         } else {
-            warn_if_shared(address);
             sockets = bind(address, count)?;
         }
         let address = sockets[0].local_addr()?;
-        Ok(Self { role, address, held, sockets, acceptor: None, stop: watch::Sender::new(Stop::No) })
+        let sockets = sockets.into_iter().map(Arc::new).collect();
+        Ok(Self { role, configured, address, held, sockets, acceptor: None, stop: watch::Sender::new(Stop::No) })
     }
+
+    /// The same sockets for other listeners, and further ones if there are fewer than `count`.
+    fn with(&self, count: usize) -> Self {
+        let more = further(self.address, count.saturating_sub(self.sockets.len()));
+        let sockets = self.sockets.iter().cloned().chain(more.into_iter().map(Arc::new)).collect();
+        let (acceptor, stop) = (self.acceptor.clone(), watch::Sender::new(Stop::No));
+        Self { sockets, acceptor, stop, ..*self }
+    }
+
+    fn has_sockets_of(&self, other: &Self) -> bool {
+        other.sockets.iter().all(|one| self.sockets.iter().any(|own| Arc::ptr_eq(own, one)))
+    }
+
+    fn keep_account(&self) -> io::Result<()> {
+        self.sockets.iter().try_for_each(socket::keep_account)
+    }
+
+    /// Stops the listeners, unless they have been stopped.
+    fn stop(&self, stop: Stop) {
+        self.stop.send_if_modified(|before| *before == Stop::No && std::mem::replace(before, stop) != stop);
+    }
+}
+
+/// The addresses of the agent, with the ports that were bound.
+fn own(groups: &[ListenGroup], admin: SocketAddr) -> Listeners {
+    Listeners::new(groups.iter().map(|group| group.address).chain([admin]))
+}
+
+/// Begins to listen where `groups` do not listen yet, and returns the sockets of each of `count` workers.
+fn listen(groups: &[ListenGroup], count: usize) -> io::Result<Vec<Vec<Listener>>> {
+    let mut listeners: Vec<Vec<_>> = (0..count).map(|_| Vec::new()).collect();
+    for group in groups {
+        for (worker, sockets) in listeners.iter_mut().zip(shares(group.sockets.len(), count)) {
+            for index in sockets {
+                let socket = group.sockets[index].try_clone()?;
+                worker.push(Listener { socket, tls: group.acceptor.clone(), stop: group.stop.subscribe() });
+            }
+        }
+    }
+    // Last, because a socket that listens gets connections.
+    for socket in groups.iter().flat_map(|group| &group.sockets) {
+        socket2::SockRef::from(&**socket).listen(BACKLOG)?;
+    }
+    Ok(listeners)
 }
 
 /// Which of `sockets` sockets each of `count` workers accepts from. Every socket is accepted from. Each worker has as many of its own as
@@ -185,6 +317,15 @@ pub(super) fn open_admin(address: SocketAddr, inherited: &mut Inherited) -> Resu
     };
     ensure!(passed.next().is_none(), "cannot start the admin server on {address}: several sockets were passed for it");
     Ok((first.socket, first.held))
+}
+
+/// Up to `count` further sockets at an address; workers share those there are if another user has opened them.
+fn further(address: SocketAddr, count: usize) -> Vec<TcpListener> {
+    let bound = bind(address, count);
+    bound.unwrap_or_else(|error| {
+        tracing::debug!(%address, %error, "cannot bind further sockets, workers share the present ones");
+        Vec::new()
+    })
 }
 
 /// Binds `count` sockets to the same address (SO_REUSEPORT). They do not listen yet: a listening socket gets a share of the
@@ -217,69 +358,4 @@ fn warn_if_shared(address: SocketAddr) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Config;
-
-    #[test]
-    fn every_socket_is_accepted_from_and_every_worker_accepts() {
-        for sockets in 1..12 {
-            for count in 1..12 {
-                let shares = shares(sockets, count);
-                assert_eq!(shares.len(), count);
-                assert!(shares.iter().all(|share| !share.is_empty()), "{sockets} {count}: {shares:?}");
-                assert!((0..sockets).all(|socket| shares.iter().any(|share| share.contains(&socket))));
-                let own = |share: &Vec<usize>| {
-                    share.iter().filter(|one| shares.iter().filter(|other| other.contains(one)).count() == 1).count()
-                };
-                if sockets >= count && count > 1 {
-                    assert!(shares.iter().all(|share| own(share) == sockets / count), "{sockets} {count}: {shares:?}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn inherited_sockets_are_kept_and_completed() {
-        let passed = bind("127.0.0.1:0".parse().unwrap(), 2).unwrap();
-        let address = passed[0].local_addr().unwrap();
-        for (count, expected) in [(1, 2), (2, 2), (5, 5)] {
-            let passed = passed.iter().map(|socket| Passed::duplicate(Role::Listen, false, socket).unwrap()).collect();
-            let group = ListenGroup::open(Role::Listen, "127.0.0.1:0".parse().unwrap(), count, passed).unwrap();
-            assert_eq!((group.sockets.len(), group.address), (expected, address));
-        }
-        // The service manager's get none beside them.
-        let held = passed.iter().map(|socket| Passed::duplicate(Role::Listen, true, socket).unwrap()).collect();
-        let group = ListenGroup::open(Role::Listen, "127.0.0.1:0".parse().unwrap(), 5, held).unwrap();
-        assert_eq!((group.sockets.len(), group.address), (2, address));
-        // A socket without SO_REUSEPORT, as a service manager may pass.
-        let single = TcpListener::bind("127.0.0.1:0").unwrap();
-        let passed = vec![Passed::duplicate(Role::Listen, true, &single).unwrap()];
-        let group = ListenGroup::open(Role::Listen, "0.0.0.0:1".parse().unwrap(), 4, passed).unwrap();
-        assert!(group.held && group.sockets.len() == 1 && group.address == single.local_addr().unwrap());
-    }
-
-    /// A socket that another process has, too, is closed without waiting for its queue, which is the other's.
-    #[test]
-    fn lent_sockets_are_released() {
-        let mut listen = Config::new(Vec::new()).listen;
-        listen.address = "127.0.0.1:0".parse().unwrap();
-        let stopped = |lend: fn(Loan) -> Option<Loan>| {
-            let mut sockets = Sockets::open(&listen, 1, &mut Inherited::default()).unwrap();
-            let (_passed, loan) = sockets.passed().unwrap();
-            let _loan = lend(loan);
-            let stop = sockets.plain.stop.subscribe();
-            sockets.close();
-            *stop.borrow()
-        };
-        assert_eq!(stopped(Some), Stop::Released);
-        assert_eq!(stopped(|_over| None), Stop::Closed);
-        assert_eq!(
-            stopped(|loan| {
-                loan.keep();
-                None
-            }),
-            Stop::Released
-        );
-    }
-}
+mod tests;

@@ -11,12 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
     config::{Config, FailureMode, Picker, Pool},
-    live::Live,
     panics::PanicWatch,
     picker::keep::Start,
     readiness::{Gate, Readiness},
@@ -55,12 +54,25 @@ fn epp_gate(pool: &Pool, readiness: &Readiness, reported: &Arc<AtomicBool>) -> O
 /// The thread of a worker.
 pub(super) struct WorkerThread {
     handle: JoinHandle<()>,
-    /// The sockets that it accepts from.
-    pub listeners: mpsc::UnboundedSender<Listener>,
+    /// Sends it sockets to accept from; `None` if it gets no more.
+    listeners: Option<mpsc::UnboundedSender<Listener>>,
     pulse: Arc<Pulse>,
 }
 
 impl WorkerThread {
+    /// Has it accept from these sockets, too.
+    pub(super) fn accept_from(&self, listeners: Vec<Listener>) {
+        let Some(sender) = &self.listeners else { return };
+        // A worker that has failed has no use for them.
+        listeners.into_iter().for_each(|listener| drop(sender.send(listener)));
+    }
+
+    /// Gives it no more sockets: it ends after its last connection.
+    #[must_use]
+    pub(super) fn retire(self) -> Self {
+        Self { listeners: None, ..self }
+    }
+
     pub(super) fn is_finished(&self) -> bool {
         self.handle.is_finished()
     }
@@ -96,49 +108,78 @@ impl Pulse {
     }
 }
 
-/// Starts a worker for each of `gates`. They have no sockets yet.
-pub(super) fn start(
-    gates: Vec<WorkerGates>,
-    live: &Live,
-    steering: &SteeringSupport,
-    room: &Arc<Room>,
-    watch: &PanicWatch,
-) -> io::Result<Vec<WorkerThread>> {
-    let start = |(number, gates)| {
-        let (updates, steering) = (live.updates(), steering.clone());
-        let (room, watch, name) = (Arc::clone(room), watch.clone(), format!("penstock-{number}"));
-        let thread = std::thread::Builder::new().name(name.clone());
+/// Starts workers.
+pub(super) struct Spawner {
+    pub updates: watch::Receiver<Arc<Shared>>,
+    pub steering: SteeringSupport,
+    pub room: Arc<Room>,
+    pub watch: PanicWatch,
+    /// The number of the next one.
+    pub next: usize,
+}
+
+impl Spawner {
+    /// Starts a worker without sockets, for which readiness waits. The agent fails if the worker does.
+    pub(super) fn start(&mut self, gates: WorkerGates) -> io::Result<WorkerThread> {
+        self.spawn(Some(gates), None)
+    }
+
+    /// Starts a worker without sockets, and waits until it runs. The agent goes on if it does not.
+    pub(super) fn start_later(&mut self) -> Result<WorkerThread> {
+        let (tell, told) = std::sync::mpsc::channel();
+        let worker = self.spawn(None, Some(tell)).context("cannot start a worker")?;
+        told.recv().context("a worker has ended")?.context("cannot start a worker")?;
+        Ok(worker)
+    }
+
+    fn spawn(&mut self, gates: Option<WorkerGates>, tell: Option<Tell>) -> io::Result<WorkerThread> {
+        let name = format!("penstock-{}", self.next);
+        let (updates, steering, room) = (self.updates.clone(), self.steering.clone(), Arc::clone(&self.room));
+        let (watch, thread) = (self.watch.clone(), std::thread::Builder::new().name(name.clone()));
         let (listeners, received) = mpsc::unbounded_channel();
         let pulse = Pulse::new();
         let beating = Arc::clone(&pulse);
         let handle = thread.spawn(move || {
-            let idle = Idle::new(room, number);
+            let idle = Idle::new(room);
             watch.run(&name, || {
-                if let Err(error) = work(updates, &steering, idle, received, gates, || beating.beat()) {
-                    watch.fail(&name, &format!("{error:#}"));
+                let begun = || drop(tell.as_ref().map(|tell| tell.send(Ok(()))));
+                let work = work(updates, &steering, idle, received, gates, begun, || beating.beat());
+                match (work, &tell) {
+                    (Ok(()), _) => {}
+                    (Err(error), Some(tell)) => drop(tell.send(Err(error))),
+                    (Err(error), None) => watch.fail(&name, &format!("{error:#}")),
                 }
             });
         })?;
-        Ok(WorkerThread { handle, listeners, pulse })
-    };
-    gates.into_iter().enumerate().map(start).collect()
+        self.next += 1;
+        Ok(WorkerThread { handle, listeners: Some(listeners), pulse })
+    }
 }
 
-/// Runs a worker on the current thread until it has drained.
+/// Where a worker says whether it runs.
+type Tell = std::sync::mpsc::Sender<Result<()>>;
+
+/// Runs a worker on the current thread until it has drained. Fails before `begun` is called, if at all.
 fn work(
     updates: watch::Receiver<Arc<Shared>>,
     steering: &SteeringSupport,
     idle: Rc<Idle>,
     listeners: mpsc::UnboundedReceiver<Listener>,
-    gates: WorkerGates,
+    gates: Option<WorkerGates>,
+    begun: impl FnOnce(),
     pulse: impl Fn(),
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let (steering, wire) = (steering.worker()?, steering.wire());
         let shared = Arc::clone(&updates.borrow());
-        let worker = Worker::new(shared, steering, wire, gates.epps);
-        gates.worker.open();
+        let (gate, epps) = gates.map(|gates| (gates.worker, gates.epps)).unzip();
+        let epps = epps.unwrap_or_else(|| shared.replicas.iter().map(|_| None).collect());
+        let worker = Worker::new(shared, steering, wire, epps);
+        if let Some(gate) = gate {
+            gate.open();
+        }
+        begun();
         server::serve(worker, listeners, idle, updates, pulse).await;
         Ok(())
     })

@@ -173,7 +173,10 @@ impl Conversations {
             return refuse(&mut stream, "another agent is already taking over".to_owned()).await;
         };
         // Kept until the conversation ends, whatever else this agent does meanwhile.
-        let (sockets, loan) = (self.sockets)()?;
+        let (sockets, loan) = match (self.sockets)() {
+            Ok(lent) => lent,
+            Err(error) => return refuse(&mut stream, error.to_string()).await,
+        };
         tracing::info!(pid = peer.pid(), version = program, sockets = sockets.len(), "another agent is taking over");
         timeout(PROMPT, send(&mut stream, &sockets)).await.context("it did not read in time")??;
         drop(sockets);

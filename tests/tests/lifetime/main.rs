@@ -11,6 +11,7 @@ mod panics;
 mod picker_process;
 mod reload;
 mod reload_connections;
+mod reload_listening;
 mod reload_waiting;
 mod upgrade;
 

@@ -144,8 +144,9 @@ async fn reload_changing_startup_settings_is_rejected_whole() {
     let mut config = agent.agent.config();
     config.pools = vec![builtin_pool(&[two.addr])];
     config.listen.workers += 1;
+    config.steering.max_flows += 1;
     let refused = agent.agent.reload(config).unwrap_err().to_string();
-    assert_eq!(refused, "listen.workers cannot change at run time: restart the agent");
+    assert_eq!(refused, "steering.max_flows cannot change at run time: restart the agent");
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(served_by(&mut client).await, Some(one.addr));
     assert_eq!(agent.count("penstock_config_reloads_total", &["refused"]), 1);

@@ -1,7 +1,7 @@
 //! Upgrades: a new agent takes the listening sockets over from the running one, which finishes its responses and exits.
 
 mod activated;
-mod load;
+pub(crate) mod load;
 mod peers;
 mod told;
 

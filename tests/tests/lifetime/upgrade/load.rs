@@ -200,7 +200,7 @@ fn is_unprocessed(error: &anyhow::Error) -> bool {
 }
 
 /// Connections to an address, each with a request that nobody has read.
-pub(super) async fn queue(address: SocketAddr, count: usize) -> Vec<Client<TcpStream>> {
+pub(crate) async fn queue(address: SocketAddr, count: usize) -> Vec<Client<TcpStream>> {
     let mut clients = Vec::new();
     for _ in 0..count {
         let mut client = Client::connect(address).await.unwrap();
