@@ -1,4 +1,4 @@
-//! The admin server: `/livez`, `/readyz`, `/metrics`; over loopback alone `/flows`, `/pools` and `/log`.
+//! The admin server: `/livez`, `/readyz`, `/metrics`; over loopback alone `/config`, `/drain`, `/flows`, `/log`, `/pools`.
 //!
 //! Runs on its own thread and runtime and holds data-plane locks only while copying, so it answers even if the data
 //! plane is stuck. Each connection carries one request and has a time limit. Probes are answered under overload: a new
@@ -7,7 +7,7 @@
 mod answer;
 mod flows;
 mod places;
-pub(crate) mod pools;
+mod pools;
 
 use std::{
     convert::Infallible,
@@ -253,7 +253,8 @@ mod tests {
     }
 
     fn inside() -> Inside {
-        Inside { flows: None, pools: Box::new(|| json!([{ "name": "a" }])) }
+        let (pools, config) = (|| json!([{ "name": "a" }]), || json!({ "listen": {} }));
+        Inside { flows: None, pools: Box::new(pools), config: Box::new(config), stop: CancellationToken::new() }
     }
 
     fn patient() -> Bounds {
@@ -275,7 +276,7 @@ mod tests {
     /// Status, head and body.
     fn ask(server: &Server, request: &str) -> (u16, String, String) {
         let mut stream = connect(server);
-        write!(stream, "{request} HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        write!(stream, "{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
         let answer = rest(stream);
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         (head[9..12].parse().unwrap(), head.to_lowercase(), body.to_owned())
@@ -325,6 +326,25 @@ mod tests {
     }
 
     #[test]
+    fn web_pages_get_nothing_from_inside() {
+        let server = server(patient());
+        let ask = |head: &str| {
+            let mut stream = connect(&server);
+            write!(stream, "{head}\r\n\r\n").unwrap();
+            rest(stream)[9..12].parse::<u16>().unwrap()
+        };
+        for request in ["GET /config HTTP/1.1", "GET /pools HTTP/1.1", "POST /drain HTTP/1.1"] {
+            for headers in ["Host: page.example", "Host: localhost\r\nOrigin: http://page.example", "Host: a b"] {
+                assert_eq!(ask(&format!("{request}\r\n{headers}")), 403, "{request} {headers}");
+            }
+        }
+        for headers in ["Host: localhost:9901", "Host: [::1]:9901", "Host: 127.0.0.1", "X: no host"] {
+            assert_eq!(ask(&format!("GET /config HTTP/1.0\r\n{headers}")), 200, "{headers}");
+        }
+        assert_eq!(ask("GET /livez HTTP/1.1\r\nHost: page.example"), 200);
+    }
+
+    #[test]
     fn other_paths_and_methods_are_refused() {
         let server = server(patient());
         for (request, status) in [
@@ -341,6 +361,9 @@ mod tests {
             ("DELETE /flows", 200),
             ("PUT /pools", 405),
             ("GET /pools/a", 404),
+            ("PUT /config", 405),
+            ("GET /drain", 405),
+            ("POST /drain/now", 404),
             ("POST /log", 405),
             // The tests have no log.
             ("GET /log", 404),

@@ -14,12 +14,13 @@ use std::{
     net::{SocketAddr, TcpListener},
     sync::Arc,
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use caps::errors::CapsError;
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use self::{
     listening::{Listening, worker_count},
@@ -31,7 +32,6 @@ use crate::{
     capability,
     config::{Config, Limits},
     inference_pools::{self, DiscoveryGates, Known, Wanted},
-    kernel::wire::Registry,
     kubernetes::{self, KubernetesDiscovery},
     ladder::Ladder,
     listeners::Listeners,
@@ -63,6 +63,8 @@ pub struct Agent {
     room: Arc<Room>,
     /// Held during a reload.
     reloading: Mutex<()>,
+    /// Cancelled when the admin port is asked to drain.
+    stop: CancellationToken,
     /// What the sockets that this agent took over from another one are for.
     taken: Vec<Role>,
     /// Keeps adopted flows.
@@ -123,8 +125,9 @@ impl Agent {
         shared.metrics.set_connections_limit(config.listen.max_connections);
         let status = ladder.lines().into_iter().chain(no_spill(&config.limits)).chain(privileges.lines()).collect();
         let steering = ladder.steering();
-        let flows = steering.wire().map(|wire| wire.flows());
-        let admin = capability::with(&[], || start_admin(admin, &live, &readiness, &room, status, flows, &watch))?;
+        let stop = CancellationToken::new();
+        let inside = Inside::new(live.updates(), steering.wire().map(|wire| wire.flows()), stop.clone());
+        let admin = capability::with(&[], || start_admin(admin, &live, &readiness, &room, status, inside, &watch))?;
 
         supervise(&steering, &mut sockets, &shared.metrics, &watch)?;
         if let Some(certificate) = certificate {
@@ -148,6 +151,7 @@ impl Agent {
             listening: Mutex::new(listening),
             room,
             reloading: Mutex::default(),
+            stop,
             taken,
             keeper,
             watch,
@@ -273,6 +277,11 @@ impl Agent {
         Ok(())
     }
 
+    /// Resolves when the admin port has been asked to drain and end the agent. Cancel-safe.
+    pub(crate) async fn told_to_stop(&self) {
+        self.stop.cancelled().await;
+    }
+
     /// Makes the agent unready. It still accepts connections, and asks each of them to end after its current request.
     pub fn leave(&self) {
         self.readiness.draining();
@@ -382,17 +391,12 @@ fn start_admin(
     readiness: &Readiness,
     room: &Arc<Room>,
     status: Vec<String>,
-    flows: Option<Arc<Registry>>,
+    inside: Inside,
     watch: &PanicWatch,
 ) -> Result<AdminHandle> {
     let room = Arc::clone(room);
     let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
-    let (metrics, updates) = (Arc::clone(&live.shared().metrics), live.updates());
-    let pools = move || {
-        let shared = Arc::clone(&updates.borrow());
-        admin::pools::describe(&shared, Instant::now())
-    };
-    let inside = Inside { flows, pools: Box::new(pools) };
+    let metrics = Arc::clone(&live.shared().metrics);
     let admin = admin::start(listener, metrics, readiness.clone(), verbose, inside, watch);
     admin.context("cannot start the admin server")
 }

@@ -28,6 +28,7 @@ mod models;
 mod node;
 mod overrides;
 mod passthrough;
+mod paths;
 mod picker;
 mod pools;
 mod process;
@@ -37,6 +38,7 @@ mod routes;
 mod schema;
 mod server_tls;
 mod settings;
+mod shown;
 mod steering;
 mod subset;
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Runs an agent until it ends: reloads the configuration at SIGHUP, and stops at SIGTERM, SIGINT, a failure of one
-//! of its parts, or when another agent has taken over.
+//! Runs an agent until it ends: reloads the configuration at SIGHUP, and stops at SIGTERM, SIGINT, `POST /drain`, a
+//! failure of one of its parts, or when another agent has taken over.
 //!
 //! Stops in three steps. For `timeouts.lame_duck` the agent still accepts, while `/readyz` and each answer send clients
 //! elsewhere. Then the port closes, and running requests may finish within `timeouts.drain`. Then what still runs is
@@ -206,6 +206,7 @@ impl<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static> Running<'_
                 tokio::select! {
                     () = self.stop.requested() => break None,
                     () = agent.failed() => break None,
+                    () = agent.told_to_stop() => break None,
                     successor = successor(&mut giving) => break Some(successor),
                     () = agent.readiness().ready(), if !told_ready => {
                         self.notifier.ready();

@@ -1,19 +1,25 @@
 //! The admin server's answer for a request method and target.
 
-use std::{fmt::Write, sync::Arc, time::Instant};
+use std::{fmt::Write, net::IpAddr, sync::Arc, time::Instant};
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header, uri::Authority};
 use http_body_util::Full;
 use hyper::body::Bytes;
 use parking_lot::Mutex;
 use serde_json::Value;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
-use super::flows::{self, AskedFlow};
+use super::{
+    flows::{self, AskedFlow},
+    pools,
+};
 use crate::{
     kernel::wire::Registry,
     logging::filter::{self, LogFilterError},
     metrics::{self, Metrics},
     readiness::Readiness,
+    shared::Shared,
 };
 
 pub(super) struct Answers {
@@ -30,6 +36,10 @@ pub struct Inside {
     pub flows: Option<Arc<Registry>>,
     /// Describes the pools.
     pub pools: Box<dyn Fn() -> Value + Send + Sync>,
+    /// The configuration in force, without secrets.
+    pub config: Box<dyn Fn() -> Value + Send + Sync>,
+    /// Cancelled to drain and end the agent.
+    pub stop: CancellationToken,
 }
 
 /// A resource that is answered over loopback alone.
@@ -37,6 +47,8 @@ pub struct Inside {
 enum InsideResource {
     Flows(AskedFlow),
     Pools,
+    Config,
+    Drain,
     Log,
 }
 
@@ -45,6 +57,8 @@ impl InsideResource {
     fn asked(path: &str) -> Option<Self> {
         match path {
             "/pools" => Some(Self::Pools),
+            "/config" => Some(Self::Config),
+            "/drain" => Some(Self::Drain),
             "/log" => Some(Self::Log),
             _ => flows::asked(path).map(Self::Flows),
         }
@@ -78,10 +92,13 @@ impl Answers {
     pub(super) fn answer<B>(&self, request: &Request<B>, is_local: bool) -> Response<Full<Bytes>> {
         let path = request.uri().path();
         if let Some(asked) = InsideResource::asked(path) {
-            return if is_local {
-                self.inside.answer(asked, request.method(), request.uri().query())
-            } else {
-                text(StatusCode::FORBIDDEN, "only over loopback\n".to_owned())
+            return match () {
+                () if !is_local => text(StatusCode::FORBIDDEN, "only over loopback\n".to_owned()),
+                () if may_be_of_a_page(request) => {
+                    let why = "not for web pages: the host must be localhost or an address\n";
+                    text(StatusCode::FORBIDDEN, why.to_owned())
+                }
+                () => self.inside.answer(asked, request.method(), request.uri().query()),
             };
         }
         if !matches!(path, "/livez" | "/readyz" | "/metrics") {
@@ -129,12 +146,34 @@ impl Answers {
 }
 
 impl Inside {
+    /// `updates` yields each state of the agent.
+    pub fn new(updates: watch::Receiver<Arc<Shared>>, flows: Option<Arc<Registry>>, stop: CancellationToken) -> Self {
+        let of_config = updates.clone();
+        // Not read under the lock, for which a reload would wait.
+        let pools = move || {
+            let shared = Arc::clone(&updates.borrow());
+            pools::describe(&shared, Instant::now())
+        };
+        let config = move || {
+            let shared = Arc::clone(&of_config.borrow());
+            shared.config.shown()
+        };
+        Self { flows, pools: Box::new(pools), config: Box::new(config), stop }
+    }
+
     fn answer(&self, asked: InsideResource, method: &Method, query: Option<&str>) -> Response<Full<Bytes>> {
         let reads = matches!(*method, Method::GET | Method::HEAD);
         match asked {
             InsideResource::Flows(flow) => flows::answer(self.flows.as_deref(), method, flow),
             InsideResource::Pools if reads => document(StatusCode::OK, &(self.pools)()),
-            InsideResource::Pools => not_allowed("GET, HEAD"),
+            InsideResource::Config if reads => document(StatusCode::OK, &(self.config)()),
+            InsideResource::Pools | InsideResource::Config => not_allowed("GET, HEAD"),
+            InsideResource::Drain if *method == Method::POST => {
+                tracing::info!("asked by the admin port to drain");
+                self.stop.cancel();
+                text(StatusCode::ACCEPTED, "draining\n".to_owned())
+            }
+            InsideResource::Drain => not_allowed("POST"),
             InsideResource::Log if reads => match filter::current() {
                 Some(current) => text(StatusCode::OK, format!("{current}\n")),
                 None => text(StatusCode::NOT_FOUND, format!("{}\n", LogFilterError::Fixed)),
@@ -143,6 +182,20 @@ impl Inside {
             InsideResource::Log => not_allowed("GET, HEAD, PUT"),
         }
     }
+}
+
+/// Whether a web page in a browser on this machine may have caused the request: it names its origin, or the page's own name leads to
+/// loopback and is the host.
+fn may_be_of_a_page<B>(request: &Request<B>) -> bool {
+    let is_of_machine = |host: &HeaderValue| {
+        let authority: Option<Authority> = host.to_str().ok().and_then(|host| host.parse().ok());
+        authority.is_some_and(|authority| {
+            let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+            host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok()
+        })
+    };
+    let headers = request.headers();
+    headers.contains_key(header::ORIGIN) || !headers.get_all(header::HOST).iter().all(is_of_machine)
 }
 
 /// Changes what is logged.

@@ -12,7 +12,8 @@ use super::{
 settings! {
     /// Where probes and metrics are served, and flows of path `wire` are listed and ended.
     pub struct Admin {
-        /// Address of the server for `/livez`, `/readyz` and `/metrics`, and over loopback alone for `/flows`, `/pools` and `/log`.
+        /// Address of the server for `/livez`, `/readyz` and `/metrics`, and over loopback alone for `/config`,
+        /// `/drain`, `/flows`, `/log` and `/pools`.
         /// `--admin` and `PENSTOCK_ADMIN` override it.
         pub address: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 9901)) => value::listen_address(),
     }

@@ -73,7 +73,7 @@ fn base_models() -> Custom<BTreeMap<String, String>> {
         words: BASE_MODELS,
         schema: json!({ "type": "object", "additionalProperties": { "type": "string", "minLength": 1 } }),
         read: |section, key| Some(section.entries(key, BASE_MODELS, |value| value::non_empty().parse(value))),
-        show: |_| None,
+        show: |models| (!models.is_empty()).then(|| json!(models)),
     }
 }
 
@@ -101,6 +101,15 @@ impl Group for MissingModelKeys {
                 self.default_model.map_or(MissingModel::Pass, MissingModel::Default)
             }
         }
+    }
+
+    fn of(value: &MissingModel) -> Self {
+        let (missing_model, default_model) = match value {
+            MissingModel::Pass => (MissingModelRule::Pass, None),
+            MissingModel::Default(model) => (MissingModelRule::Default, Some(model.clone())),
+            MissingModel::Reject => (MissingModelRule::Reject, None),
+        };
+        Self { missing_model, default_model }
     }
 }
 

@@ -172,6 +172,11 @@ impl PathChange {
     }
 }
 
+/// A prefix as the file has it.
+pub(super) fn or_root(prefix: String) -> String {
+    if prefix.is_empty() { "/".to_owned() } else { prefix }
+}
+
 impl Group for PathChangeKeys {
     type Value = Option<PathChange>;
 
@@ -180,6 +185,14 @@ impl Group for PathChangeKeys {
             section.reject("path_prefix", "a second change of the path", "path or path_prefix");
         }
         self.path.map(PathChange::Full).or_else(|| self.path_prefix.as_deref().map(PathChange::prefix))
+    }
+
+    fn of(value: &Option<PathChange>) -> Self {
+        match value.clone() {
+            Some(PathChange::Full(path)) => Self { path: Some(path), path_prefix: None },
+            Some(PathChange::Prefix(prefix)) => Self { path: None, path_prefix: Some(or_root(prefix)) },
+            None => Self::default(),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value as Json, json};
 use thiserror::Error;
 use toml::de::DeValue;
 
@@ -72,7 +72,7 @@ pub(super) fn ports() -> Custom<Vec<u16>> {
             }
             Some(ports)
         },
-        show: |_| None,
+        show: |ports| (!ports.is_empty()).then(|| json!(ports)),
     }
 }
 
@@ -108,8 +108,23 @@ pub(super) fn listed() -> Custom<Vec<ListedEndpoint>> {
             }
             Some(endpoints)
         },
-        show: |_| None,
+        show: |endpoints| (!endpoints.is_empty()).then(|| endpoints.iter().map(show).collect()),
     }
+}
+
+/// An element of `endpoints` that is read as this endpoint.
+fn show(endpoint: &ListedEndpoint) -> Json {
+    let ListedEndpoint { address, node, zone, draining } = endpoint;
+    if node.is_none() && zone.is_none() && !draining {
+        return address.to_string().into();
+    }
+    let mut element = json!({ "address": address.to_string(), "draining": draining });
+    for (key, name) in [("node", node), ("zone", zone)] {
+        if let Some(name) = name {
+            element[key] = name.clone().into();
+        }
+    }
+    element
 }
 
 /// Rejects endpoints that are the agent's own listener: requests to them would loop.
@@ -136,7 +151,8 @@ pub(super) fn named() -> Custom<Option<NamedEndpoints>> {
             let ports = port().read(section, "ports").unwrap_or_default();
             Some(Some(NamedEndpoints { name, ports }))
         },
-        show: |_| None,
+        // `ports` are a setting of their own.
+        show: |named| named.as_ref().map(|named| named.name.clone().into()),
     }
 }
 

@@ -119,7 +119,11 @@ const WORDS: &str = r#"true, false, or an array of networks such as ["10.0.0.0/8
 
 fn network() -> Value<Network> {
     let words = r#"a network such as "10.0.0.0/8", whose address has no bits after the prefix, or an IP address"#;
-    Value::text(words, Network::parse, |network| format!("{}/{}", network.address, network.prefix))
+    Value::text(words, Network::parse, written)
+}
+
+fn written(network: &Network) -> String {
+    format!("{}/{}", network.address, network.prefix)
 }
 
 pub(super) fn passthrough() -> Custom<Passthrough> {
@@ -144,8 +148,12 @@ pub(super) fn passthrough() -> Custom<Passthrough> {
             };
             section.read(key, parse)
         },
-        // The default is never an array of networks.
-        show: |passthrough| Some((*passthrough == Passthrough::On).into()),
+        show: |passthrough| {
+            Some(match passthrough {
+                Passthrough::Networks(networks) => networks.iter().map(written).collect(),
+                given => (*given == Passthrough::On).into(),
+            })
+        },
     }
 }
 

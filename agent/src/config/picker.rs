@@ -5,7 +5,7 @@ use http::HeaderName;
 use super::{
     document::Section,
     epp::Epp,
-    settings::{SettingKey, SettingKind as _, Settings, choice, settings},
+    settings::{KeyValues, SettingKey, SettingKind as _, Settings, choice, settings},
     value::{self, OneOrMore},
 };
 
@@ -45,6 +45,11 @@ fn session_header() -> OneOrMore<HeaderName> {
     value::header_name().one_or_more()
 }
 
+/// Adds the session headers of a pool to the keys of its picker.
+pub(super) fn put_session_headers(headers: &[HeaderName], picker: &mut KeyValues) {
+    session_header().put("session_header", &headers.to_vec(), picker);
+}
+
 /// The session headers of a pool.
 pub(super) fn session_headers(pool: &Section<'_>) -> Option<Vec<HeaderName>> {
     session_header().read(&mut pool.at("picker"), "session_header")
@@ -65,6 +70,15 @@ impl Settings for Picker {
             section.reject(key, "a setting of an EPP", r#"kind = "epp""#);
         }
         Self::Builtin
+    }
+
+    fn values(&self) -> KeyValues {
+        let (kind, of_epp) = match self {
+            Self::Builtin => (PickerKind::Builtin, KeyValues::new()),
+            Self::Epp(epp) => (PickerKind::Epp, epp.values()),
+        };
+        // `session_header` is the pool's.
+        PickerKeys { kind, session_header: Vec::new() }.values().into_iter().chain(of_epp).collect()
     }
 
     fn describe() -> Vec<SettingKey> {

@@ -226,6 +226,14 @@ impl Group for PathKeys {
         let prefix = |prefix: String| PathPattern::Prefix(prefix.trim_end_matches('/').to_owned());
         self.path.map(PathPattern::Exact).or_else(|| self.path_prefix.map(prefix))
     }
+
+    fn of(value: &Option<PathPattern>) -> Self {
+        match value.clone() {
+            Some(PathPattern::Exact(path)) => Self { path: Some(path), path_prefix: None },
+            Some(PathPattern::Prefix(prefix)) => Self { path: None, path_prefix: Some(changes::or_root(prefix)) },
+            None => Self::default(),
+        }
+    }
 }
 
 impl Group for PoolKeys {
@@ -243,6 +251,10 @@ impl Group for PoolKeys {
             (None, true) => {}
         }
         self.pools
+    }
+
+    fn of(value: &Vec<WeightedPool>) -> Self {
+        Self { pool: None, pools: value.clone() }
     }
 }
 

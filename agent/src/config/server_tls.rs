@@ -27,6 +27,17 @@ pub enum ServerTls {
     Pinned(Vec<KeyPin>),
 }
 
+impl ServerTls {
+    /// The keys `ca_file` and `pins`.
+    fn files_and_pins(&self) -> (Option<PathBuf>, Vec<KeyPin>) {
+        match self {
+            Self::Off | Self::Insecure => (None, Vec::new()),
+            Self::Ca(file) => (Some(file.clone()), Vec::new()),
+            Self::Pinned(pins) => (None, pins.clone()),
+        }
+    }
+}
+
 settings! {
     /// The keys of [`ServerTls`].
     pub(super) struct EppTlsKeys {
@@ -86,6 +97,17 @@ impl Group for EppTlsKeys {
     fn resolve(self, section: &Section<'_>) -> ServerTls {
         resolve(section, "tls", self.tls, self.ca_file, self.pins)
     }
+
+    fn of(value: &ServerTls) -> Self {
+        let tls = match value {
+            ServerTls::Off => EppTlsMode::Off,
+            ServerTls::Insecure => EppTlsMode::Insecure,
+            ServerTls::Ca(_) => EppTlsMode::Ca,
+            ServerTls::Pinned(_) => EppTlsMode::Pinned,
+        };
+        let (ca_file, pins) = value.files_and_pins();
+        Self { tls, ca_file, pins }
+    }
 }
 
 settings! {
@@ -124,6 +146,16 @@ impl Group for VerifyKeys {
             Verify::Insecure => EppTlsMode::Insecure,
         };
         resolve(section, "verify", mode, self.ca_file, self.pins)
+    }
+
+    fn of(value: &ServerTls) -> Self {
+        let verify = match value {
+            ServerTls::Off | ServerTls::Insecure => Verify::Insecure,
+            ServerTls::Ca(_) => Verify::Ca,
+            ServerTls::Pinned(_) => Verify::Pinned,
+        };
+        let (ca_file, pins) = value.files_and_pins();
+        Self { verify, ca_file, pins }
     }
 }
 
@@ -224,5 +256,11 @@ impl Group for ClientCertificateKeys {
 
     fn resolve(self, _: &Section<'_>) -> Option<ClientCertificate> {
         Some(ClientCertificate { certificate: self.client_cert_file?, key: self.client_key_file? })
+    }
+
+    fn of(value: &Option<ClientCertificate>) -> Self {
+        let files = value.clone().map(|ClientCertificate { certificate, key }| (certificate, key));
+        let (client_cert_file, client_key_file) = files.unzip();
+        Self { client_cert_file, client_key_file }
     }
 }

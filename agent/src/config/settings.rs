@@ -7,13 +7,18 @@
 
 use std::marker::PhantomData;
 
-use serde_json::{Value as Json, json};
+use serde_json::{Map, Value as Json, json};
 
 use super::document::Section;
+
+/// Keys with their values.
+pub(super) type KeyValues = Map<String, Json>;
 
 /// A section of the file.
 pub(super) trait Settings: Sized {
     fn read(section: &mut Section<'_>) -> Self;
+    /// Its keys with the present values. [`read`](Self::read) reads the same settings from them.
+    fn values(&self) -> KeyValues;
     /// Its keys, in the order of the declaration.
     fn describe() -> Vec<SettingKey>;
 }
@@ -24,6 +29,9 @@ pub(super) trait SettingKind: Sized {
 
     /// Returns `None` if the file has no value, or an invalid one, which it reports.
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Self::Value>;
+
+    /// Adds its keys with this value, unless they are absent in the file.
+    fn put(&self, name: &'static str, value: &Self::Value, keys: &mut KeyValues);
 
     /// Its keys in the file; most settings have one.
     fn describe(&self, name: &'static str, doc: &[&'static str], default: &Self::Value) -> Vec<SettingKey>;
@@ -129,6 +137,10 @@ impl<K: SettingKind> SettingKind for Adjusted<K> {
         self.kind.read(section, self.name.unwrap_or(key))
     }
 
+    fn put(&self, name: &'static str, value: &K::Value, keys: &mut KeyValues) {
+        self.kind.put(self.name.unwrap_or(name), value, keys);
+    }
+
     fn describe(&self, name: &'static str, doc: &[&'static str], default: &K::Value) -> Vec<SettingKey> {
         let adjusted = |mut key: SettingKey| {
             key.old_name = self.old_name.or(key.old_name);
@@ -150,6 +162,8 @@ pub(super) trait Group: Settings {
     type Value;
     /// Makes the value. Reports keys that contradict each other.
     fn resolve(self, section: &Section<'_>) -> Self::Value;
+    /// The keys that make the value.
+    fn of(value: &Self::Value) -> Self;
 }
 
 /// The kind of a [`Group`].
@@ -166,6 +180,10 @@ impl<G: Group> SettingKind for Keys<G> {
         Some(G::read(section).resolve(section))
     }
 
+    fn put(&self, _: &'static str, value: &G::Value, keys: &mut KeyValues) {
+        keys.extend(G::of(value).values());
+    }
+
     fn describe(&self, _: &'static str, _: &[&'static str], _: &G::Value) -> Vec<SettingKey> {
         G::describe()
     }
@@ -180,6 +198,8 @@ impl<T> SettingKind for Elsewhere<T> {
     fn read(&self, section: &mut Section<'_>, _: &'static str) -> Option<T> {
         (self.0)(section)
     }
+
+    fn put(&self, _: &'static str, _: &T, _: &mut KeyValues) {}
 
     fn describe(&self, _: &'static str, _: &[&'static str], _: &T) -> Vec<SettingKey> {
         Vec::new()
@@ -198,6 +218,10 @@ impl<S: Settings> SettingKind for Nested<S> {
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<S> {
         Some(section.section(key, S::read))
+    }
+
+    fn put(&self, name: &'static str, value: &S, keys: &mut KeyValues) {
+        keys.insert(name.to_owned(), value.values().into());
     }
 
     fn describe(&self, name: &'static str, doc: &[&'static str], _: &S) -> Vec<SettingKey> {
@@ -219,6 +243,10 @@ impl<S: Settings> SettingKind for OptionalSection<S> {
         Some(section.optional_section(key, S::read))
     }
 
+    fn put(&self, name: &'static str, value: &Option<S>, keys: &mut KeyValues) {
+        keys.extend(value.iter().map(|value| (name.to_owned(), value.values().into())));
+    }
+
     fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<S>) -> Vec<SettingKey> {
         vec![SettingKey::section(name, doc, S::describe()).unset()]
     }
@@ -236,6 +264,10 @@ impl<S: Settings> SettingKind for Repeated<S> {
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<S>> {
         Some(section.sections(key, S::read))
+    }
+
+    fn put(&self, name: &'static str, value: &Vec<S>, keys: &mut KeyValues) {
+        put_tables(name, value, keys);
     }
 
     fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<SettingKey> {
@@ -261,11 +293,21 @@ impl<S: Settings> SettingKind for Tables<S> {
         Some(section.tables(key, self.words, S::read))
     }
 
+    fn put(&self, name: &'static str, value: &Vec<S>, keys: &mut KeyValues) {
+        put_tables(name, value, keys);
+    }
+
     fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<SettingKey> {
         let schema = json!({ "type": "array", "items": super::schema::object(&S::describe()) });
         let shape =
             Shape::Value { words: self.words.to_owned(), choices: Vec::new(), schema, default: None, example: None };
         vec![SettingKey { name, old_name: None, doc: paragraphs(doc), shape, is_set: false, required: false }]
+    }
+}
+
+fn put_tables<S: Settings>(name: &'static str, tables: &[S], keys: &mut KeyValues) {
+    if !tables.is_empty() {
+        keys.insert(name.to_owned(), tables.iter().map(|table| Json::from(table.values())).collect());
     }
 }
 
@@ -298,6 +340,13 @@ macro_rules! settings {
                 use $crate::config::settings::SettingKind as _;
                 let default = Self::default();
                 Self { $($field: $kind.read(section, stringify!($field)).unwrap_or(default.$field),)* }
+            }
+
+            fn values(&self) -> $crate::config::settings::KeyValues {
+                use $crate::config::settings::SettingKind as _;
+                let mut keys = $crate::config::settings::KeyValues::new();
+                $($kind.put(stringify!($field), &self.$field, &mut keys);)*
+                keys
             }
 
             fn describe() -> Vec<$crate::config::settings::SettingKey> {

@@ -10,6 +10,7 @@ mod printed;
 mod renames;
 mod routes;
 mod sections;
+mod shown;
 
 use std::net::SocketAddr;
 

@@ -3,7 +3,7 @@
 //! A [`Value`] holds the description, the JSON Schema and the parser of one kind, so that the three cannot differ. Kinds that
 //! several sections use are here; others are in the file of their section.
 
-use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
+use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
 use http::{
     HeaderName, Method, header,
@@ -14,8 +14,10 @@ use toml::de::DeValue;
 
 use super::{
     document::Section,
-    settings::{SettingKey, SettingKind, Shape, paragraphs},
+    settings::{KeyValues, SettingKey, SettingKind, Shape, paragraphs},
 };
+
+pub(super) use super::paths::{file, folder, required_file};
 
 /// Completes "expected …".
 pub(super) struct Expected(pub(super) Cow<'static, str>);
@@ -118,6 +120,10 @@ impl<T: 'static> SettingKind for Value<T> {
         section.read(key, |value| self.parse(value))
     }
 
+    fn put(&self, name: &'static str, value: &T, keys: &mut KeyValues) {
+        keys.insert(name.to_owned(), (self.show)(value));
+    }
+
     fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<SettingKey> {
         vec![key(name, doc, self.shape(Some((self.show)(default))))]
     }
@@ -133,6 +139,10 @@ impl<T: 'static> SettingKind for Optional<T> {
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Option<T>> {
         Some(self.value.read(section, key))
+    }
+
+    fn put(&self, name: &'static str, value: &Option<T>, keys: &mut KeyValues) {
+        value.iter().for_each(|value| self.value.put(name, value, keys));
     }
 
     fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<T>) -> Vec<SettingKey> {
@@ -152,6 +162,10 @@ impl<T: 'static> SettingKind for Required<T> {
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
         section.require(key, self.words, |value| self.value.parse(value))
+    }
+
+    fn put(&self, name: &'static str, value: &T, keys: &mut KeyValues) {
+        self.value.put(name, value, keys);
     }
 
     fn describe(&self, name: &'static str, doc: &[&'static str], _: &T) -> Vec<SettingKey> {
@@ -183,6 +197,10 @@ impl<T: 'static> SettingKind for List<T> {
         is_given.then_some(listed)
     }
 
+    fn put(&self, name: &'static str, value: &Vec<T>, keys: &mut KeyValues) {
+        keys.insert(name.to_owned(), value.iter().map(&self.element.show).collect());
+    }
+
     fn describe(&self, name: &'static str, doc: &[&'static str], default: &Vec<T>) -> Vec<SettingKey> {
         let default = default.iter().map(&self.element.show).collect();
         let shape = Shape::Value {
@@ -206,6 +224,12 @@ impl<T: 'static> SettingKind for OneOrMore<T> {
         Some(section.one_or_more(key, |value| self.0.parse(value)))
     }
 
+    fn put(&self, name: &'static str, value: &Vec<T>, keys: &mut KeyValues) {
+        if !value.is_empty() {
+            keys.insert(name.to_owned(), value.iter().map(&self.0.show).collect());
+        }
+    }
+
     fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<T>) -> Vec<SettingKey> {
         let array = json!({ "type": "array", "items": self.0.schema, "minItems": 1 });
         let shape = Shape::Value {
@@ -224,7 +248,7 @@ pub(super) struct Custom<T> {
     pub(super) words: &'static str,
     pub(super) schema: Json,
     pub(super) read: fn(&mut Section<'_>, &'static str) -> Option<T>,
-    /// Formats the default for the default file; `None` if the file does not set the key by default.
+    /// Formats a value; `None` if the key is absent then.
     pub(super) show: fn(&T) -> Option<Json>,
 }
 
@@ -233,6 +257,10 @@ impl<T> SettingKind for Custom<T> {
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
         (self.read)(section, key)
+    }
+
+    fn put(&self, name: &'static str, value: &T, keys: &mut KeyValues) {
+        keys.extend((self.show)(value).map(|value| (name.to_owned(), value)));
     }
 
     fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<SettingKey> {
@@ -412,44 +440,6 @@ pub(super) fn non_empty() -> Value<String> {
 /// A string for which `holds` returns true.
 pub(super) fn string(words: &'static str, holds: impl Fn(&str) -> bool + 'static) -> Value<String> {
     Value::text(words, move |text| holds(text).then(|| text.to_owned()), Clone::clone)
-}
-
-fn path() -> Value<String> {
-    string("the path of a file", |text| !text.is_empty()).schema(json!({ "type": "string", "minLength": 1 }))
-}
-
-/// The path of a file. A relative path is resolved against the folder of the configuration file.
-pub(super) fn file() -> Custom<Option<PathBuf>> {
-    Custom {
-        words: "the path of a file",
-        schema: json!({ "type": "string", "minLength": 1 }),
-        read: |section, key| Some(path().read(section, key).map(|file| section.folder().join(file))),
-        show: |_| None,
-    }
-}
-
-/// The path of a folder. A relative path is resolved against the folder of the configuration file.
-pub(super) fn folder() -> Custom<Option<PathBuf>> {
-    Custom { words: "the path of a folder", ..file() }
-}
-
-/// As [`file()`]; absence is an error, and `words` name what is missing.
-pub(super) fn required_file(words: &'static str, example: &'static str) -> RequiredFile {
-    RequiredFile(path().required(words, example))
-}
-
-pub(super) struct RequiredFile(Required<String>);
-
-impl SettingKind for RequiredFile {
-    type Value = PathBuf;
-
-    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
-        self.0.read(section, key).map(|file| section.folder().join(file))
-    }
-
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &PathBuf) -> Vec<SettingKey> {
-        self.0.describe(name, doc, &String::new())
-    }
 }
 
 /// A request target without a host.

@@ -1,5 +1,6 @@
 //! The agent's lifetime: what it finds at start, reloads, and its end.
 
+mod admin_port;
 mod capabilities;
 mod connections;
 mod disk;

@@ -374,14 +374,17 @@ fn every_setting_is_read() {
     for (section, setting, is_read) in ROWS {
         assert!(is_read(&config), "{section} {setting}: {config:?}");
     }
+    shown::assert_reads_back(&config);
     for (section, setting, is_read) in EXCLUSIVE {
         let protocol = if *section == "[pools.tls]" { "app_protocol = \"https\"\n" } else { "" };
         let config = Config::parse(&format!("{POOL}{protocol}{section}\n{setting}"), "p.toml").unwrap();
         assert!(is_read(&config), "{section} {setting}: {config:?}");
+        shown::assert_reads_back(&config);
     }
     for (section, setting, is_read) in DISCOVERED {
         let config = Config::parse(&format!("[[pools]]\nname = \"a\"\n{section}\n{setting}"), "p.toml").unwrap();
         assert!(is_read(&config), "{section} {setting}: {config:?}");
+        shown::assert_reads_back(&config);
     }
 }
 
