@@ -4,7 +4,10 @@
 //! is reached at every local address with its port. Another port, or another address than that of a specific listener,
 //! is not this process.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+};
 
 #[derive(Debug, Default, Clone)]
 pub struct Listeners(Vec<SocketAddr>);
@@ -38,13 +41,17 @@ fn is_local(ip: IpAddr) -> bool {
     if ip.is_loopback() || ip.is_unspecified() {
         return true;
     }
+    // The source address equals the destination only if that is local.
+    source(ip).is_ok_and(|source| source == ip)
+}
+
+/// The address of this machine that a connection to `ip` begins at.
+pub fn source(ip: IpAddr) -> io::Result<IpAddr> {
     let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    // Connecting a datagram socket sends nothing. Its source address equals the destination only if that is local.
-    let source = UdpSocket::bind((any, 0)).and_then(|socket| {
-        socket.connect((ip, 9))?;
-        socket.local_addr()
-    });
-    source.is_ok_and(|source| source.ip() == ip)
+    let socket = UdpSocket::bind((any, 0))?;
+    // Sends nothing.
+    socket.connect((ip, 9))?;
+    Ok(socket.local_addr()?.ip())
 }
 
 #[cfg(test)]

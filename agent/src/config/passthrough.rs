@@ -54,26 +54,44 @@ fn is_remote(ip: IpAddr) -> bool {
         }
         IpAddr::V6(ip) => {
             let kept = ip.is_unspecified() || ip.is_loopback() || ip.is_unicast_link_local() || ip.is_multicast();
-            !(kept || ip == METADATA) && embedded(ip).is_none_or(|ip| is_remote(ip.into()))
+            let mut carried = embedded(ip).into_iter().chain(translated(ip));
+            !(kept || ip == METADATA) && carried.all(|ip| is_remote(ip.into()))
         }
     }
 }
 
-/// The IPv4 address that an IPv6 address is routed to: IPv4-compatible, NAT64 (RFC 6052, and RFC 8215 with the suffix of a prefix of
-/// 96 bits), 6to4 (RFC 3056) and Teredo (RFC 4380, where the bits of the client's address are inverted).
+/// The IPv4 address that an IPv6 address is routed to: IPv4-compatible, NAT64 (RFC 6052), 6to4 (RFC 3056) and Teredo (RFC 4380, where
+/// the bits of the client's address are inverted).
 fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let of = |high: u16, low: u16| {
         let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
         Ipv4Addr::new(a, b, c, d)
     };
     match ip.segments() {
-        [0, 0, 0, 0, 0, 0, high, low]
-        | [0x64, 0xff9b, 0, 0, 0, 0, high, low]
-        | [0x64, 0xff9b, 1, _, _, _, high, low]
-        | [0x2002, high, low, ..] => Some(of(high, low)),
+        [0, 0, 0, 0, 0, 0, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => {
+            Some(of(high, low))
+        }
         [0x2001, 0, .., high, low] => Some(of(!high, !low)),
         _ => None,
     }
+}
+
+/// The IPv4 addresses that an address of 64:ff9b:1::/48 (RFC 8215) may be routed to. The length of the translator's prefix is unknown;
+/// these are the layouts of RFC 6052 §2.2 whose suffix is zero.
+fn translated(ip: Ipv6Addr) -> Vec<Ipv4Addr> {
+    let octets = ip.octets();
+    if !octets.starts_with(&[0, 0x64, 0xff, 0x9b, 0, 1]) {
+        return Vec::new();
+    }
+    // Octet 8 is zero in all of them and not a part of the address.
+    let is_short = octets[8] == 0 && octets[13..] == [0; 3];
+    let layouts = [([6, 7, 9, 10], 11), ([7, 9, 10, 11], 12), ([9, 10, 11, 12], 13)];
+    let fits = layouts.into_iter().filter(|&(_, end)| is_short && octets[end..].iter().all(|&octet| octet == 0));
+    let short = fits.map(|(places, _)| places);
+    let long = [[12, 13, 14, 15]].into_iter().filter(|_| !is_short);
+    let addresses = short.chain(long).map(|places| Ipv4Addr::from(places.map(|place| octets[place])));
+    // No host has such an address: the prefix is shorter.
+    addresses.filter(|ip| !is_short || ip.octets()[0] != 0).collect()
 }
 
 impl Network {
@@ -166,10 +184,20 @@ mod tests {
         for ip in ["10.0.0.1", "192.168.1.1", "100.64.0.1", "8.8.8.8", "fd00::1", "2001:db8::1"] {
             assert!(Passthrough::On.admits(ip.parse().unwrap()), "{ip}");
         }
-        // Of 10.0.0.1.
-        for ip in
-            ["64:ff9b::a00:1", "64:ff9b:1::a00:1", "64:ff9b:1:2:3:4:a00:1", "2002:a00:1::", "2001:0:1:2::f5ff:fffe"]
-        {
+        // Of 10.0.0.1, and of 10.0.0.127 with prefixes of 48, 56 and 64 bits.
+        for ip in [
+            "64:ff9b::a00:1",
+            "64:ff9b:1::a00:1",
+            "64:ff9b:1:2:3:4:a00:1",
+            "64:ff9b:1:a00:0:100::",
+            "64:ff9b:1:a:0:1::",
+            "64:ff9b:1:0:a:0:100:0",
+            "64:ff9b:1:a00:0:7f00::",
+            "64:ff9b:1:a:0:7f::",
+            "64:ff9b:1:0:a:0:7f00:0",
+            "2002:a00:1::",
+            "2001:0:1:2::f5ff:fffe",
+        ] {
             assert!(Passthrough::On.admits(ip.parse().unwrap()), "{ip}");
         }
         let kept = [
@@ -190,6 +218,13 @@ mod tests {
             "64:ff9b::169.254.169.254",
             "64:ff9b:1::169.254.169.254",
             "64:ff9b:1:fffe:a:b:127.0.0.1",
+            // 169.254.169.254 and 127.0.0.1 with prefixes of 48, 56 and 64 bits.
+            "64:ff9b:1:a9fe:a9:fe00::",
+            "64:ff9b:1:a9:fe:a9fe::",
+            "64:ff9b:1:0:a9:fea9:fe00:0",
+            "64:ff9b:1:7f00:0:100::",
+            "64:ff9b:1:7f:0:1::",
+            "64:ff9b:1:0:7f:0:100:0",
             "2001:0:102:304:8000:1:5601:5601",
             "2001::80ff:fffe",
             "2002:a9fe:a9fe::1",

@@ -14,6 +14,7 @@ use tokio::{
 
 use super::{
     crossing,
+    local_fault::connect_error,
     sending::Sending,
     timeouts::ConnectionTimeouts,
     tls::{EndpointTls, EndpointWriter},
@@ -100,11 +101,12 @@ impl EndpointConnection {
             tracing::debug!(%address, %error, "endpoint connection cannot be steered, relaying it");
         };
         let source = steering.and_then(|steering| steering.announce_source(&socket).map_err(unsteered).ok());
-        let stream = match times.connect {
-            Some(timeout) => tokio::time::timeout(timeout, socket.connect(address)).await??,
+        let connected = match times.connect {
+            Some(timeout) => tokio::time::timeout(timeout, socket.connect(address)).await?,
             // The kernel's own timeout, some minutes.
-            None => socket.connect(address).await?,
+            None => socket.connect(address).await,
         };
+        let stream = connected.map_err(|error| connect_error(error, address))?;
         stream.set_nodelay(true)?;
         let local = address.ip().is_loopback() || stream.local_addr()?.ip() == address.ip();
         let source = source.filter(|source| source.insert(&stream).map_err(unsteered).is_ok());

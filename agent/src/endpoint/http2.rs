@@ -25,6 +25,7 @@ use h2::{
 use tokio::{net::TcpSocket, sync::watch, time::Instant};
 
 use super::{
+    local_fault::connect_error,
     timeouts::ConnectionTimeouts,
     wire::{EndpointIo, Link},
 };
@@ -274,7 +275,7 @@ impl Http2PoolInner {
 async fn connect(address: SocketAddr, times: ConnectionTimeouts, heads: HeadLimits) -> io::Result<Http2Connection> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket::detect_unreachable(&socket, times.unreachable)?;
-    let tcp = socket.connect(address).await?;
+    let tcp = socket.connect(address).await.map_err(|error| connect_error(error, address))?;
     tcp.set_nodelay(true)?;
     let (wire, link) = EndpointIo::new(tcp, heads.header_block());
     let (send, connection) = Builder::new()

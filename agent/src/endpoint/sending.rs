@@ -119,6 +119,35 @@ impl Unfinished {
     }
 }
 
+/// The time in which an exchange with an endpoint waits for the client, which no limit of the endpoint counts. Clones share it.
+#[derive(Clone, Default)]
+pub struct ClientTime(Rc<ClientTimeState>);
+
+#[derive(Default)]
+struct ClientTimeState {
+    past: Cell<Duration>,
+    since: Cell<Option<Instant>>,
+}
+
+impl ClientTime {
+    /// Waits for the client.
+    pub async fn during<T>(&self, waiting: impl Future<Output = T>) -> T {
+        self.0.since.set(Some(Instant::now()));
+        let done = waiting.await;
+        self.0.past.set(self.total());
+        self.0.since.set(None);
+        done
+    }
+
+    fn is_running(&self) -> bool {
+        self.0.since.get().is_some()
+    }
+
+    fn total(&self) -> Duration {
+        self.0.past.get() + self.0.since.get().map_or(Duration::ZERO, |since| since.elapsed())
+    }
+}
+
 /// How often the acknowledged bytes are read within a limit, at least.
 const LOOKS: u32 = 4;
 /// The pause before they are read first, and after progress. Further pauses double. Most requests are acknowledged within the first
@@ -161,22 +190,23 @@ impl Progress {
     }
 
     /// Resolves when no progress was made for `limit`, from the first poll on, and at most a quarter of it later. Never resolves without
-    /// a limit.
-    pub async fn overdue(&self, limit: Option<Duration>) {
+    /// a limit, or while the client is waited for.
+    pub async fn overdue(&self, limit: Option<Duration>, client: &ClientTime) {
         let Some(limit) = limit else { return std::future::pending().await };
-        let (longest, mut since) = (limit / LOOKS, Instant::now());
+        let (longest, mut since, mut excluded) = (limit / LOOKS, Instant::now(), client.total());
         let first = longest.min(FIRST_LOOK);
         let mut pause = first;
         loop {
-            let (now, due) = (Instant::now(), since + limit);
+            let (now, due) = (Instant::now(), since + limit + (client.total() - excluded));
             if now >= due {
                 return;
             }
-            tokio::time::sleep_until(due.min(now + pause)).await;
+            let next = now + pause;
+            tokio::time::sleep_until(if client.is_running() { next } else { due.min(next) }).await;
             self.look();
-            (since, pause) = match self.0.last.get() {
-                last if last > since => (last, first),
-                _ => (since, longest.min(pause * 2)),
+            (since, excluded, pause) = match self.0.last.get() {
+                last if last > since => (last, client.total(), first),
+                _ => (since, excluded, longest.min(pause * 2)),
             };
         }
     }
@@ -187,10 +217,11 @@ impl Progress {
         idle: Option<Duration>,
         part: impl Future<Output = Result<T, E>>,
     ) -> Result<T, SendError> {
+        let none = ClientTime::default();
         tokio::select! {
             biased;
             taken = part => taken.map_err(|_| SendError::Refused),
-            () = self.overdue(idle) => Err(SendError::Stalled(idle.unwrap_or_default())),
+            () = self.overdue(idle, &none) => Err(SendError::Stalled(idle.unwrap_or_default())),
         }
     }
 }
@@ -240,7 +271,7 @@ mod tests {
     async fn progress_postpones_the_limit() {
         let (begun, progress) = (Instant::now(), begin());
         let sending = Sending::new(work(3, progress.clone(), Rc::new(())));
-        sending.run_during(progress.overdue(Some(Duration::from_millis(1500)))).await;
+        sending.run_during(progress.overdue(Some(Duration::from_millis(1500)), &ClientTime::default())).await;
         assert_eq!(begun.elapsed(), Duration::from_millis(4500));
     }
 
@@ -263,7 +294,7 @@ mod tests {
         for limit in [1, 2, 10, 50].map(Duration::from_secs) {
             let end = Duration::from_secs(100);
             let (begun, progress) = acknowledging(limit / 2, end);
-            progress.overdue(Some(limit)).await;
+            progress.overdue(Some(limit), &ClientTime::default()).await;
             let over = begun.elapsed() - end;
             assert!(over >= limit && over <= limit * 5 / 4, "{limit:?}: {over:?}");
             // A wait that begins now has the whole limit.
@@ -279,11 +310,32 @@ mod tests {
         let limit = Duration::from_secs(600);
         let soon = Duration::from_millis(5);
         let (begun, progress) = acknowledging(soon, soon);
-        progress.overdue(Some(limit)).await;
+        progress.overdue(Some(limit), &ClientTime::default()).await;
         assert!(begun.elapsed() >= limit && begun.elapsed() <= limit + FIRST_LOOK, "{:?}", begun.elapsed());
         // The last part of a request that took some minutes to send, as well.
         let (begun, progress) = acknowledging(soon, limit);
-        progress.overdue(Some(limit)).await;
+        progress.overdue(Some(limit), &ClientTime::default()).await;
         assert!(begun.elapsed() >= 2 * limit && begun.elapsed() <= 2 * limit + FIRST_LOOK, "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_of_the_client_does_not_count() {
+        for (waits, pause) in [(1, 0), (5, 700), (30, 10)] {
+            let (begun, client, progress) = (Instant::now(), ClientTime::default(), begin());
+            let limit = Duration::from_secs(4);
+            let waiting = async {
+                for _ in 0..waits {
+                    client.during(tokio::time::sleep(Duration::from_secs(3))).await;
+                    tokio::time::sleep(Duration::from_millis(pause)).await;
+                }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = waiting => {}
+                () = progress.overdue(Some(limit), &client) => {}
+            }
+            let over = begun.elapsed() - Duration::from_secs(3) * waits;
+            assert!(over >= limit && over <= limit * 5 / 4, "{waits} waits: {over:?}");
+        }
     }
 }

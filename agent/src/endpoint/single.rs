@@ -16,7 +16,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::tls::EndpointTls;
+use super::{local_fault::connect_error, tls::EndpointTls};
 use crate::config::AppProtocol;
 
 #[derive(Debug, Error)]
@@ -47,7 +47,8 @@ impl SingleRequest<'_> {
         headers: HeaderMap,
         limit: usize,
     ) -> Result<(StatusCode, Bytes), SingleError> {
-        let tcp = TcpStream::connect(self.address).await.map_err(SingleError::Connect)?;
+        let refused = |error| SingleError::Connect(connect_error(error, self.address));
+        let tcp = TcpStream::connect(self.address).await.map_err(refused)?;
         match self.tls {
             None => self.ask(tcp, path, headers, limit).await,
             Some(tls) => {

@@ -58,6 +58,14 @@ impl EndpointIo {
             None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
     }
+
+    fn noting_block<T>(&self, write: impl FnOnce(Pin<&mut TcpStream>) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let done = self.with(write);
+        if done.is_pending() {
+            self.0.written.borrow_mut().was_blocked();
+        }
+        done
+    }
 }
 
 impl Link {
@@ -114,7 +122,7 @@ impl AsyncRead for EndpointIo {
 
 impl AsyncWrite for EndpointIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let n = ready!(self.with(|stream| stream.poll_write(cx, buf)))?;
+        let n = ready!(self.noting_block(|stream| stream.poll_write(cx, buf)))?;
         self.0.written.borrow_mut().wrote(&buf[..n]);
         Poll::Ready(Ok(n))
     }
@@ -124,7 +132,7 @@ impl AsyncWrite for EndpointIo {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let n = ready!(self.with(|stream| stream.poll_write_vectored(cx, bufs)))?;
+        let n = ready!(self.noting_block(|stream| stream.poll_write_vectored(cx, bufs)))?;
         let (mut left, mut written) = (n, self.0.written.borrow_mut());
         for buf in bufs {
             let some = left.min(buf.len());

@@ -59,7 +59,12 @@ impl FrameHeads {
     }
 
     /// Calls `seen` for each head that ends in `bytes`.
-    pub fn feed(&mut self, mut bytes: &[u8], mut seen: impl FnMut(FrameHead)) {
+    pub fn feed(&mut self, bytes: &[u8], mut seen: impl FnMut(FrameHead)) {
+        self.locate(bytes, |frame, _| seen(frame));
+    }
+
+    /// Calls `seen` for each head that ends in `bytes`, with the number of bytes after it.
+    pub fn locate(&mut self, mut bytes: &[u8], mut seen: impl FnMut(FrameHead, usize)) {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
             self.skip -= skipped;
@@ -76,7 +81,8 @@ impl FrameHeads {
                 let length = u32::from_be_bytes([0, a, b, c]) as usize;
                 (self.have, self.skip, self.is_data) = (0, length, kind == kind::DATA);
                 self.continues = matches!(kind, kind::HEADERS | kind::CONTINUATION) && flags & END_HEADERS == 0;
-                seen(FrameHead { length, kind, flags, stream: u32::from_be_bytes(stream) & 0x7fff_ffff });
+                let stream = u32::from_be_bytes(stream) & 0x7fff_ffff;
+                seen(FrameHead { length, kind, flags, stream }, bytes.len());
             }
         }
     }

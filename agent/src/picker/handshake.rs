@@ -26,7 +26,10 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::{address::ReplicaAddress, gathered::gathered};
-use crate::http::{empty_data::WithoutEmptyData, frame_heads::MAX_FRAME_ERRORS};
+use crate::{
+    endpoint::local_fault::connect_error,
+    http::{empty_data::WithoutEmptyData, frame_heads::MAX_FRAME_ERRORS},
+};
 
 /// Bytes of replies that a stream may send before they are read. A replaced body of the common sizes waits for no window update.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -127,7 +130,7 @@ pub async fn connect(
         ReplicaAddress::Tcp(address) => address,
         ReplicaAddress::Unix(path) => return over(connect_unix(path).await?, tls, ended).await,
     };
-    let tcp = TcpStream::connect(address).await?;
+    let tcp = TcpStream::connect(address).await.map_err(|error| connect_error(error, *address))?;
     tcp.set_nodelay(true)?;
     let socket = socket2::SockRef::from(&tcp);
     let (time, interval) = (Duration::from_secs(5), Duration::from_secs(5));

@@ -7,7 +7,7 @@ use std::{
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
-    Http2Client,
+    Http2Client, Namespace,
     agent::{TestAgent, builtin_pool},
     client::{Client, Head},
     eventually,
@@ -191,6 +191,46 @@ async fn slow_reader_of_interim_responses_gets_all_of_them() {
     let _unread = connect().await;
     eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"client_gone\""]) == 1).await;
     eventually(SOON, || agent.count("penstock_client_stalls_total", &[]) == 1).await;
+}
+
+/// While the client is waited for, the endpoint's time does not run.
+#[tokio::test]
+async fn slow_reader_of_interim_responses_does_not_exhaust_first_byte() {
+    const LIMIT: Duration = Duration::from_secs(1);
+    const HEADS: usize = 20;
+    // Few heads fit into the send buffers.
+    let namespace = Namespace::new().unwrap();
+    namespace.set("net/ipv4/tcp_wmem", "4096 16384 16384").unwrap();
+    let listener = namespace.run(|| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+    let endpoint = listener.local_addr().unwrap();
+    let interim = format!("HTTP/1.1 103 Early Hints\r\nlink: {}\r\n\r\n", "x".repeat(15_000)).repeat(HEADS);
+    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        std::io::Write::write_all(&mut stream, answer.as_bytes())?;
+        std::io::copy(&mut stream, &mut std::io::sink())
+    });
+    let begin = || {
+        TestAgent::start(builtin_pool(&[endpoint]), SteeringMode::Off, |config| {
+            config.timeouts.first_byte = Some(LIMIT);
+        })
+    };
+    let agent = namespace.run(begin).unwrap();
+    let stream = namespace.run(|| std::net::TcpStream::connect(agent.addr)).unwrap().unwrap();
+    socket2::SockRef::from(&stream).set_recv_buffer_size(8 << 10).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let mut stream = tokio::net::TcpStream::from_std(stream).unwrap();
+    stream.write_all(b"GET /test/echo HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let (mut read, mut piece, begin) = (Vec::new(), [0; 3000], Instant::now());
+    while !read.ends_with(b"hello") {
+        let bytes = stream.read(&mut piece).await.unwrap();
+        assert_ne!(bytes, 0, "cut after {} bytes", read.len());
+        read.extend_from_slice(&piece[..bytes]);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(begin.elapsed() > 3 * LIMIT, "not slow: {:?}", begin.elapsed());
+    let text = String::from_utf8(read).unwrap();
+    assert_eq!((text.matches("HTTP/1.1 103 ").count(), text.matches("HTTP/1.1 200 ").count()), (HEADS, 1));
 }
 
 /// The deadline may pass while a head is being written. Nothing may follow a part of a head: the connection ends instead.

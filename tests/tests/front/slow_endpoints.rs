@@ -214,6 +214,48 @@ async fn endpoint_that_stops_reading_returns_504() {
     }
 }
 
+/// The frames with which the agent answers the endpoint's PINGs are acknowledged, too.
+#[tokio::test]
+async fn other_frames_of_the_connection_do_not_extend_first_byte() {
+    /// Shorter than the limit. (END_STREAM is the flag ACK of a PING.)
+    const PAUSE: Duration = Duration::from_millis(400);
+    let listener = listen();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut frames = Http2Frames::accept(tcp).await?;
+                frames.send(&Frame::initial_window(i32::MAX as u32)).await?;
+                frames.send(&Frame::window(0, 1 << 30)).await?;
+                // The request's end, then each answer to a PING.
+                while let Some(frame) = frames.next().await? {
+                    if frame.flags & END_STREAM != 0 && matches!(frame.kind, kind::HEADERS | kind::DATA | kind::PING) {
+                        sleep(PAUSE).await;
+                        frames.send(&Frame::new(kind::PING, 0, 0, [7; 8])).await?;
+                    }
+                }
+                anyhow::Ok(())
+            });
+        }
+    });
+    let agent = TestAgent::start(pool(Back::Http2, addr), SteeringMode::Off, |config| {
+        config.listen.workers = 1;
+        config.timeouts.first_byte = Some(LIMIT);
+    });
+    let large_head = Request::new("GET", "/").header("x-large", "x".repeat(4000));
+    let whole = body();
+    let bodies = [1, 200, 1000, 100_000].map(|length| Request::post("/", whole.slice(..length)));
+    for request in [Request::new("GET", "/"), large_head].iter().chain(&bodies) {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        client.patience = SOON;
+        let begin = Instant::now();
+        let response = client.request(request).await.unwrap();
+        let took = begin.elapsed();
+        assert_eq!((response.status(), response.error_code().as_str()), (504, "first_byte_timeout"));
+        assert!(took >= LIMIT && took < 3 * LIMIT, "{took:?}");
+    }
+}
+
 /// The acknowledged bytes of another request on the same HTTP/2 connection are no progress of one that waits for its window.
 #[tokio::test]
 async fn progress_of_one_stream_does_not_extend_the_wait_of_another() {

@@ -196,3 +196,28 @@ async fn request_waits_for_the_end_of_port_exhaustion() {
     assert_eq!(stage.client.head().await.unwrap().status, 200);
     assert_eq!(stage.agent.count("penstock_epp_waits_total", &[r#"reason="served""#]), 1);
 }
+
+/// connect(2) returns the same error as without a free port, but it lasts.
+#[tokio::test]
+async fn replica_without_a_source_address_is_unreachable() {
+    let namespace = Namespace::new().unwrap();
+    namespace.set("net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    let server = start(&namespace, || ModelServer::start(Options::default()));
+    let replica = start(&namespace, || ScriptedEpp::start(LlmdRouter::new(&[server.addr])));
+    let unreachable: SocketAddr = "[2001:db8::5]:9002".parse().unwrap();
+    let pool = epps_pool(&[server.addr], &[unreachable, replica.addr], FailureMode::Closed);
+    let begin = || {
+        TestAgent::start(pool, SteeringMode::Off, |config| {
+            config.listen.workers = 1;
+            epp(config).health_interval = Some(Duration::from_millis(50));
+        })
+    };
+    let agent = namespace.run(begin).unwrap();
+    let mut client = client(&namespace, &agent);
+    for _ in 0..5 {
+        assert_eq!(client.request(&put(PROMPT)).await.unwrap().status(), 200);
+    }
+    eventually(SOON, || agent.count("penstock_epp_replicas", &[r#"state="unreachable""#]) == 1).await;
+    assert_eq!(agent.count("penstock_local_faults_total", &[r#"reason="ports""#]), 0);
+    assert!(agent.count("penstock_local_faults_total", &[r#"reason="address_family""#]) > 0);
+}

@@ -10,7 +10,7 @@ use crate::{
     endpoint::{
         body::ResponseBody,
         connection::EndpointConnection,
-        sending::{Progress, SendError, Sending},
+        sending::{ClientTime, Progress, SendError, Sending},
         tls::EndpointWriter,
     },
     error::Error,
@@ -88,11 +88,12 @@ async fn attempt(
     );
     let sending = Sending::new(work);
     endpoint.set_sending(sending.clone());
+    let client = ClientTime::default();
     let head = tokio::select! {
         biased;
-        head = read_head(job, &mut endpoint, address) => head,
+        head = read_head(job, &mut endpoint, address, &client) => head,
         error = send_failure(&sending, address) => return Err(error.into()),
-        () = progress.overdue(job.request.timeouts.first_byte) => return Err(Error::FirstByte(address).into()),
+        () = progress.overdue(job.request.timeouts.first_byte, &client) => return Err(Error::FirstByte(address).into()),
     };
     let (head, pending) = match head {
         Ok(read) => read,
@@ -238,6 +239,7 @@ async fn read_head(
     job: &Job<'_>,
     endpoint: &mut EndpointConnection,
     address: SocketAddr,
+    client: &ClientTime,
 ) -> Result<(ResponseHead, BytesMut), Http1ReadError> {
     let limits = job.head_limits();
     let method = &job.request.parts.method;
@@ -264,7 +266,7 @@ async fn read_head(
             }
             reusable &= head.keep_alive;
             interim.add(length, &limits).map_err(bad)?;
-            job.queue_interim(head).await;
+            client.during(job.queue_interim(head)).await;
             // An endpoint that sends heads without end must not starve the timers and the worker's other tasks.
             tokio::task::yield_now().await;
         }

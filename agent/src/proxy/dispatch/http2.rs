@@ -11,7 +11,7 @@ use crate::{
     endpoint::{
         body::ResponseBody,
         http2::{Http2Stream, RequestAccount},
-        sending::{CutReason, Progress, SendError, Sending, Unfinished},
+        sending::{ClientTime, CutReason, Progress, SendError, Sending, Unfinished},
     },
     error::Error,
     http::{
@@ -87,11 +87,12 @@ async fn attempt(
     } else {
         (Sending::new(async { Ok(()) }), None)
     };
+    let client = ClientTime::default();
     let head = tokio::select! {
         biased;
-        head = read_head(job, address, response) => head,
+        head = read_head(job, address, response, &client) => head,
         error = send_failure(&sending, address) => return Err(error.into()),
-        () = progress.overdue(job.request.timeouts.first_byte) => return Err(Error::FirstByte(address).into()),
+        () = progress.overdue(job.request.timeouts.first_byte, &client) => return Err(Error::FirstByte(address).into()),
     };
     let (head, body) = match head {
         Ok(read) => read,
@@ -129,6 +130,7 @@ async fn read_head(
     job: &Job<'_>,
     address: SocketAddr,
     mut response: ResponseFuture,
+    client: &ClientTime,
 ) -> Result<(ResponseHead, RecvStream), Http2ReadError> {
     let (method, limits) = (&job.request.parts.method, job.head_limits());
     let bad = |error| Http2ReadError::Error(Error::Response { address, error });
@@ -155,8 +157,9 @@ async fn read_head(
             () = forwarded => drop(queue.pop_front()),
         }
     }
+    // The endpoint has sent the final head, or failed.
     for head in queue {
-        job.queue_interim(head).await;
+        client.during(job.queue_interim(head)).await;
     }
     let (parts, body) = response.await.map_err(Http2ReadError::Http2)?.into_parts();
     Ok((from_http2(parts, body.is_end_stream(), method, &limits).map_err(bad)?, body))
