@@ -118,6 +118,6 @@ impl Checks {
 /// Sends a GET and expects a 2xx status. The connection is closed after the head.
 async fn send_check(asked: SingleRequest<'_>, path: &PathAndQuery) -> Result<(), CheckError> {
     let agent = (header::USER_AGENT, HeaderValue::from_static("penstock-health-check"));
-    let (status, _) = asked.get(path, HeaderMap::from_iter([agent]), 0).await?;
+    let status = asked.get(path, HeaderMap::from_iter([agent]), 0).await?.status();
     if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
 }

@@ -3,7 +3,7 @@
 use std::{io, net::SocketAddr, pin::pin};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Request, Response, Uri, header, uri::PathAndQuery};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::{
     body::Incoming,
@@ -40,13 +40,13 @@ pub struct SingleRequest<'a> {
 }
 
 impl SingleRequest<'_> {
-    /// Sends a GET with these fields. Returns the status, and the body if it may have `limit` bytes; 0 does not read it.
+    /// Sends a GET with these fields. Returns the response, whose body has at most `limit` bytes; 0 does not read it.
     pub async fn get(
         self,
         path: &PathAndQuery,
         headers: HeaderMap,
         limit: usize,
-    ) -> Result<(StatusCode, Bytes), SingleError> {
+    ) -> Result<Response<Bytes>, SingleError> {
         let refused = |error| SingleError::Connect(connect_error(error, self.address));
         let tcp = TcpStream::connect(self.address).await.map_err(refused)?;
         match self.tls {
@@ -64,7 +64,7 @@ impl SingleRequest<'_> {
         path: &PathAndQuery,
         mut headers: HeaderMap,
         limit: usize,
-    ) -> Result<(StatusCode, Bytes), SingleError> {
+    ) -> Result<Response<Bytes>, SingleError> {
         let io = TokioIo::new(io);
         let mut request = Request::new(Empty::<Bytes>::new());
         match self.protocol {
@@ -95,14 +95,13 @@ impl SingleRequest<'_> {
 async fn answer(
     response: impl Future<Output = hyper::Result<Response<Incoming>>>,
     limit: usize,
-) -> Result<(StatusCode, Bytes), SingleError> {
-    let response = response.await?;
-    let status = response.status();
+) -> Result<Response<Bytes>, SingleError> {
+    let (head, body) = response.await?.into_parts();
     if limit == 0 {
-        return Ok((status, Bytes::new()));
+        return Ok(Response::from_parts(head, Bytes::new()));
     }
-    let body = Limited::new(response.into_body(), limit).collect().await.map_err(|_| SingleError::Body(limit))?;
-    Ok((status, body.to_bytes()))
+    let body = Limited::new(body, limit).collect().await.map_err(|_| SingleError::Body(limit))?;
+    Ok(Response::from_parts(head, body.to_bytes()))
 }
 
 /// Drives the connection until the work is done.

@@ -68,6 +68,8 @@ pub enum ResponseError {
     SwitchingProtocols,
     #[error("the endpoint violated HTTP/2: {error}")]
     Http2 { error: String },
+    #[error("found status {status}, expected a list of models that is not compressed")]
+    ModelList { status: StatusCode },
 }
 
 impl ResponseError {
@@ -83,6 +85,7 @@ impl ResponseError {
             Self::Interim { .. } => "interim_responses",
             Self::SwitchingProtocols => "switching_protocols",
             Self::Http2 { .. } => "http2",
+            Self::ModelList { .. } => "model_list",
         }
     }
 }

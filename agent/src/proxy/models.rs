@@ -3,11 +3,11 @@
 //! Asks one endpoint of each pool, with the client's fields, and a second one if the first does not answer. Everything is bounded: the
 //! time, the bytes and the models of each list, and the endpoints that a worker asks at once.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use http::{HeaderMap, HeaderValue, StatusCode, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header, uri::PathAndQuery};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
@@ -17,7 +17,7 @@ use crate::{
     config::{Config, ModelPattern},
     endpoint::single::{SingleError, SingleRequest},
     error::Error,
-    http::{headers, reply::Reply},
+    http::{headers, reply::Reply, response::ResponseError},
     picker::builtin::NoEndpoint,
     upload::Upload,
     worker::Worker,
@@ -34,10 +34,12 @@ const ATTEMPTS: usize = 2;
 enum PoolAnswer {
     Models(Vec<Value>),
     /// Not with a list.
-    Refused(StatusCode, Bytes),
+    Refused(Response<Bytes>),
+    /// With a success that is no list, or something that was not asked for.
+    NoList(SocketAddr, StatusCode),
 }
 
-/// Answers with the models of all pools. If no pool has a list, the answer is that of the first pool that answered at all.
+/// Answers with the models of all pools. If no pool has a list, the answer is that of the first pool that refused one.
 pub(super) async fn answer_models(
     worker: &Worker,
     client: &mut Client,
@@ -60,30 +62,38 @@ pub(super) async fn answer_models(
         listed = request.deadline.limit::<_, Error>(async { Ok(asked.await) }) => listed?,
         () = client.gone() => return Err(Error::ClientGone),
     };
-    let (mut models, mut refused, mut is_any) = (MergedModels::default(), None, false);
+    let (mut models, mut is_any) = (MergedModels::default(), false);
+    let (mut refused, mut error) = (None, Error::NoEndpoint(NoEndpoint::NoneEligible));
     for listed in listed.into_iter().flatten() {
         match listed {
             PoolAnswer::Models(list) => {
                 is_any = true;
                 list.into_iter().for_each(|model| models.add(model));
             }
-            PoolAnswer::Refused(status, body) => refused = refused.or(Some((status, body))),
+            PoolAnswer::Refused(response) => refused = refused.or(Some(response)),
+            PoolAnswer::NoList(address, status) => {
+                error = Error::Response { address, error: ResponseError::ModelList { status } };
+            }
         }
     }
-    let (status, body) = match refused {
+    let mut reply = match refused {
         _ if is_any => {
             named(config).for_each(|name| models.add_named(name));
-            (StatusCode::OK, Bytes::from(json!({ "object": "list", "data": models.list }).to_string()))
+            let body = Bytes::from(json!({ "object": "list", "data": models.list }).to_string());
+            let json = (header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            Reply { status: StatusCode::OK, headers: HeaderMap::from_iter([json]), body }
         }
-        Some(refused) => refused,
-        None => return Err(Error::NoEndpoint(NoEndpoint::NoneEligible)),
+        Some(response) => {
+            let (mut head, body) = response.into_parts();
+            headers::prepare_response(&mut head.headers, head.version, &request.parts.headers, &config.headers);
+            Reply { status: head.status, headers: head.headers, body }
+        }
+        None => return Err(error),
     };
-    let mut reply = Reply { status, headers: HeaderMap::new(), body };
-    reply.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     request.manner(config).mark(&mut reply.headers);
     let keep_alive = request.keeps_alive(worker) && upload.is_done();
     client.reply(&request.parts.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)?;
-    request.record.status(status, "models");
+    request.record.status(reply.status, "models");
     Ok(if keep_alive { AfterRequest::Next } else { AfterRequest::Close })
 }
 
@@ -130,7 +140,7 @@ async fn list(worker: &Worker, pool: usize, fields: &HeaderMap) -> Option<PoolAn
         let answer = asked.get(&path, fields.clone(), LIST);
         let limit = shared.config.models.timeout / ATTEMPTS as u32;
         match tokio::time::timeout(limit.max(Duration::from_millis(1)), answer).await {
-            Ok(Ok((status, body))) => return Some(read(status, body)),
+            Ok(Ok(response)) => return Some(read(address, response)),
             Ok(Err(error)) => report(address, &error),
             Err(_) => tracing::debug!(%address, "endpoint did not list its models in time"),
         }
@@ -138,12 +148,13 @@ async fn list(worker: &Worker, pool: usize, fields: &HeaderMap) -> Option<PoolAn
     None
 }
 
-fn report(address: std::net::SocketAddr, error: &SingleError) {
+fn report(address: SocketAddr, error: &SingleError) {
     tracing::debug!(%address, %error, "endpoint did not list its models");
 }
 
-fn read(status: StatusCode, body: Bytes) -> PoolAnswer {
-    let list = || match serde_json::from_slice(&body).ok()? {
+fn read(address: SocketAddr, response: Response<Bytes>) -> PoolAnswer {
+    let status = response.status();
+    let list = || match serde_json::from_slice(response.body()).ok()? {
         Value::Object(mut all) => match all.remove("data")? {
             Value::Array(list) => Some(list.into_iter().filter(|model| name(model).is_some()).take(MODELS).collect()),
             _ => None,
@@ -152,11 +163,11 @@ fn read(status: StatusCode, body: Bytes) -> PoolAnswer {
     };
     match list() {
         Some(list) if status.is_success() => PoolAnswer::Models(list),
-        // A success without a list, or a switch of protocol, is the fault of the endpoint.
-        _ if status.is_success() || status.is_informational() => {
-            PoolAnswer::Refused(StatusCode::BAD_GATEWAY, Bytes::from_static(b"{}"))
+        // The request had no condition and asked for no other protocol.
+        _ if status.is_success() || status.is_informational() || status == StatusCode::NOT_MODIFIED => {
+            PoolAnswer::NoList(address, status)
         }
-        _ => PoolAnswer::Refused(status, body),
+        _ => PoolAnswer::Refused(response),
     }
 }
 
@@ -226,14 +237,18 @@ mod tests {
     #[test]
     fn answers_are_lists_or_refusals() {
         let read = |status: u16, body: &'static str| {
-            read(StatusCode::from_u16(status).unwrap(), Bytes::from_static(body.as_bytes()))
+            let mut response = Response::new(Bytes::from_static(body.as_bytes()));
+            *response.status_mut() = StatusCode::from_u16(status).unwrap();
+            read("192.0.2.1:80".parse().unwrap(), response)
         };
         assert!(matches!(read(200, r#"{"data": [{"id": "a"}]}"#), PoolAnswer::Models(list) if list.len() == 1));
         for body in ["", "[]", "{}", r#"{"data": {}}"#, r#"{"data": [}"#] {
-            assert!(matches!(read(200, body), PoolAnswer::Refused(StatusCode::BAD_GATEWAY, _)), "{body}");
+            assert!(matches!(read(200, body), PoolAnswer::NoList(..)), "{body}");
         }
-        assert!(matches!(read(101, ""), PoolAnswer::Refused(StatusCode::BAD_GATEWAY, _)));
+        for status in [101, 204, 304] {
+            assert!(matches!(read(status, ""), PoolAnswer::NoList(..)), "{status}");
+        }
         assert!(matches!(read(200, r#"{"data": [1, {}, []]}"#), PoolAnswer::Models(list) if list.is_empty()));
-        assert!(matches!(read(401, r#"{"data": []}"#), PoolAnswer::Refused(StatusCode::UNAUTHORIZED, _)));
+        assert!(matches!(read(401, r#"{"data": []}"#), PoolAnswer::Refused(response) if response.status() == 401));
     }
 }

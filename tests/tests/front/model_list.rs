@@ -123,6 +123,87 @@ async fn without_any_list_the_answer_says_so() {
     assert!(response.status() >= 400, "{}", response.text());
 }
 
+/// Sends `answer` to each request.
+fn answering(answer: &'static [u8]) -> SocketAddr {
+    use std::io::{Read as _, Write as _};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request).and_then(|_| stream.write_all(answer));
+        }
+    });
+    addr
+}
+
+/// The endpoint's answer; the status, some fields (empty if there must be none) and the body that the client gets.
+type Refusal = (&'static [u8], u16, &'static [(&'static str, &'static str)], &'static [u8]);
+
+#[tokio::test]
+async fn refusal_of_an_endpoint_keeps_its_fields_and_its_body() {
+    let rows: [Refusal; 5] = [
+        (
+            b"HTTP/1.1 401 Unauthorized\r\nwww-authenticate: Bearer\r\ncontent-type: text/plain\r\ncontent-length: 4\r\n\r\nnope",
+            401,
+            &[("www-authenticate", "Bearer"), ("content-type", "text/plain")],
+            b"nope",
+        ),
+        (
+            b"HTTP/1.1 403 Forbidden\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\nx-penstock-reason: x\r\n\r\n\x1f\x8b\x08\x00",
+            403,
+            &[("content-encoding", "gzip"), ("x-penstock-reason", "")],
+            b"\x1f\x8b\x08\x00",
+        ),
+        (
+            b"HTTP/1.1 404 Not Found\r\ncontent-type: text/html\r\ntransfer-encoding: chunked\r\n\r\n6\r\n<html>\r\n0\r\n\r\n",
+            404,
+            &[("content-type", "text/html"), ("content-length", "6"), ("transfer-encoding", "")],
+            b"<html>",
+        ),
+        (
+            b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 30\r\nconnection: x-own\r\nx-own: 1\r\n\r\n",
+            503,
+            &[("retry-after", "30"), ("x-own", ""), ("content-length", "0")],
+            b"",
+        ),
+        (
+            b"HTTP/1.1 307 Temporary Redirect\r\nlocation: /v1/models/\r\ncontent-length: 0\r\n\r\n",
+            307,
+            &[("location", "/v1/models/")],
+            b"",
+        ),
+    ];
+    for (answer, status, fields, body) in rows {
+        let agent = agent(vec![pool("a", &[answering(answer)])], |_| {});
+        let response = ask(&agent).await;
+        assert_eq!((response.status(), response.body.as_slice()), (status, body));
+        for (name, value) in fields {
+            assert_eq!(response.header(name).unwrap_or_default(), *value, "{status} {name}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn answer_that_is_no_list_is_the_fault_of_the_endpoint() {
+    let rows: [&[u8]; 4] = [
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 6\r\n\r\n<html>",
+        b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\n\x1f\x8b\x08\x00",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 304 Not Modified\r\n\r\n",
+    ];
+    for answer in rows {
+        let response = ask(&agent(vec![pool("a", &[answering(answer)])], |_| {})).await;
+        let found = (response.status(), response.header("x-penstock-reason"), response.error_code());
+        assert_eq!(
+            found,
+            (502, Some("bad_response"), "bad_response".to_owned()),
+            "{}",
+            String::from_utf8_lossy(answer)
+        );
+    }
+}
+
 /// An agent behind the agent would otherwise ask it again, and so on.
 #[tokio::test]
 async fn agents_in_a_circle_end() {
