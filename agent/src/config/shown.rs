@@ -70,7 +70,7 @@ pub(super) fn hide(value: &mut Json) {
     }
 }
 
-/// Whether a key of this name may have a secret for its value. The path of a file is none.
+/// Whether the value of a key with this name may be secret. The path of a file is not.
 pub(super) fn may_be_secret(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     !name.ends_with("_file") && name.split(['_', '-', '.']).any(|word| SECRET.contains(&word))

@@ -35,7 +35,7 @@ enum PoolAnswer {
     Models(Vec<Value>),
     /// Not with a list.
     Refused(Response<Bytes>),
-    /// With a success that is no list, or something that was not asked for.
+    /// With a success that has no list, or with a status that the request cannot cause, such as 304.
     NoList(SocketAddr, StatusCode),
 }
 

@@ -88,7 +88,7 @@ fn credentials_in_urls_of_every_setting_are_hidden() {
     }
 }
 
-/// Settings with free text that is no secret. A new one belongs here, or has a name that says that it is one.
+/// Settings with free text that is not secret. Add a new one here, or give it a name that says it is secret.
 const PLAIN: &[&str] = &[
     "address",
     "age",
